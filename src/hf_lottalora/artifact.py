@@ -1,0 +1,157 @@
+"""The artifact folder: what must be in it before it is loaded, and what completes it when it is saved.
+
+    adapter_config.json         the LottaLoraConfig: seed, format, family, digests
+    adapter_model.safetensors   A, B, beta; trained and kept tensors; the manifest. Never a scaffold weight
+    config.json                 the architecture
+    README.md                   a model card that shows how to load it
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .checkpoint import MANIFEST_KEY, check_shapes, read_manifest
+from .scaffold import first_difference
+
+if TYPE_CHECKING:
+    from .config import LottaLoraConfig
+    from .plan import Plan
+
+# Class name of an architecture -> the loader of ours that the card shows.
+_LOADERS = {
+    "ForCausalLM": "AutoLottaLoraModelForCausalLM",
+    "LMHeadModel": "AutoLottaLoraModelForCausalLM",
+    "ForSequenceClassification": "AutoLottaLoraModelForSequenceClassification",
+    "ForTokenClassification": "AutoLottaLoraModelForTokenClassification",
+    "ForQuestionAnswering": "AutoLottaLoraModelForQuestionAnswering",
+    "ForConditionalGeneration": "AutoLottaLoraModelForSeq2SeqLM",
+    "ForImageClassification": "AutoLottaLoraModelForImageClassification",
+}
+_CARD_MARK = "<!-- hf_lottalora -->"
+
+
+def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
+    """Local path of one file of an artifact folder or hub repository, None where it has no such file."""
+    folder = Path(path, subfolder) if subfolder else Path(path)
+    if folder.is_dir():
+        file = folder / filename
+        return str(file) if file.is_file() else None
+    known = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+    try:
+        return hf_hub_download(
+            str(path), filename, subfolder=subfolder, **{key: hub[key] for key in known if key in hub}
+        )
+    except EntryNotFoundError:
+        return None
+
+
+def check_artifact_files(
+    config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
+) -> None:
+    """Check the weights that stand beside an `adapter_config.json`, reading their header and manifest only.
+
+    Raises:
+        ValueError: no safetensors file, a pickled one instead, a truncated or foreign one, or one of another seed.
+    """
+    weights = locate(path, SAFETENSORS_WEIGHTS_NAME, subfolder, **hub)
+    if weights is None:
+        if locate(path, WEIGHTS_NAME, subfolder, **hub):
+            raise ValueError(
+                f"{path} has its weights in {WEIGHTS_NAME}, a pickle, which can run code when it is read. LottaLoRA "
+                f"reads {SAFETENSORS_WEIGHTS_NAME} only; save the adapter again with safe_serialization=True."
+            )
+        raise ValueError(f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; expected a folder made by save_pretrained.")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensor = file.get_tensor(MANIFEST_KEY) if MANIFEST_KEY in file.keys() else None  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is not a readable safetensors file; it may be truncated ({error}).") from error
+    content = read_manifest(tensor, weights)
+    if content["seed"] != config.seed:
+        raise ValueError(
+            f"{weights} belongs to seed {content['seed']}, but the adapter_config.json beside it says {config.seed}. "
+            "One of the two files was changed or comes from another artifact."
+        )
+    if config.scaffold_digests is not None:
+        difference = first_difference(config.scaffold_digests, content["scaffold"])
+        if difference:
+            raise ValueError(f"{weights} and the adapter_config.json beside it disagree: {difference}.")
+
+
+def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str]) -> None:
+    """Write `config.json` and our part of the model card, and check the weights that PEFT has just written.
+
+    Raises:
+        ValueError: the weights were pickled, or hold something else than the plan says.
+    """
+    folder = Path(save_directory)
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if weights.is_file():
+        with safe_open(weights, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        check_shapes(plan, shapes, str(weights))
+    elif (folder / WEIGHTS_NAME).is_file():
+        raise ValueError(f"{folder} was saved with safe_serialization=False; LottaLoRA artifacts are safetensors only.")
+    architecture = plan.survey.architecture
+    if architecture is not None:
+        architecture = type(architecture).from_dict(architecture.to_dict())
+        architecture.architectures = [plan.survey.class_name]
+        architecture.dtype = next((t.survey.dtype for t in plan.tensors if t.survey.dtype.is_floating_point), None)
+        architecture.save_pretrained(folder)
+    if weights.is_file():
+        _write_card(plan, folder)
+
+
+def _write_card(plan: Plan, folder: Path) -> None:
+    file = folder / "README.md"
+    card = ModelCard.load(file) if file.exists() else ModelCard("")
+    own = card.text.partition(_CARD_MARK)
+    if own[1] or not card.text.strip() or "[More Information Needed]" in card.text:  # PEFT's empty template, or ours
+        card.text = _card_text(plan)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{_card_text(plan)}"
+    tags = {*(card.data.tags or []), "lottalora"}
+    card.data.tags = sorted(tag for tag in tags if plan.survey.pretrained_from or not tag.startswith("base_model:"))
+    card.data.library_name = "peft"
+    if not plan.survey.pretrained_from:
+        card.data.base_model = None
+    card.save(file)
+
+
+def _card_text(plan: Plan) -> str:
+    class_name = plan.survey.class_name
+    loader = next((ours for end, ours in _LOADERS.items() if class_name.endswith(end)), "AutoLottaLoraModel")
+    if plan.survey.architecture is None:
+        load = (
+            "import hf_lottalora  # registers the PEFT method; must come first\nfrom peft import PeftModel\n\n"
+            'model = PeftModel.from_pretrained(build_the_module(), "path/to/this/folder")'
+        )
+    else:
+        load = f'from hf_lottalora import {loader}\n\nmodel = {loader}.from_pretrained("path/to/this/folder")'
+    drawn = sum(spec.numel for spec in plan.scaffold.values())
+    return f"""{_CARD_MARK}
+# {class_name} over a random scaffold
+
+A [LottaLoRA](https://arxiv.org/abs/2604.08749) adapter. {drawn:,} backbone weights are not in this repository: they are
+drawn from seed {plan.seed} when the model is loaded, the same to the bit everywhere.
+
+```python
+{load}
+```
+
+| | |
+|---|---|
+| seed | {plan.seed} |
+| drawn, frozen parameters | {drawn:,} |
+| trained parameters | {plan.trainable_parameters:,} |
+| of which A, B and beta | {plan.adapter_parameters:,} |
+
+Needs `pip install hf-lottalora`.
+"""

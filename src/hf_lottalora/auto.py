@@ -1,0 +1,131 @@
+"""Load an artifact with nothing but the artifact: build on the meta device, draw once, return a `PeftModel`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from peft import PeftModel
+from transformers import AutoConfig
+
+from .artifact import locate
+from .config import LottaLoraConfig
+
+
+class _AutoLottaLora:
+    """`from_pretrained(path)` for one kind of head. Not to be instantiated."""
+
+    _auto_class: Any
+
+    def __init__(self) -> None:
+        raise OSError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(path).")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        **hub_kwargs: Any,
+    ) -> PeftModel:
+        """Rebuild the model that `save_pretrained` wrote, to the bit.
+
+        Args:
+            path: the artifact's folder, or a hub repository id.
+            adapter_name: name of the adapter in the model.
+            is_trainable: whether to go on training it; otherwise the model is in eval mode.
+            autocast_adapter_dtype: as in `PeftModel.from_pretrained`.
+            dtype: dtype of the model; default: the one it was saved in.
+            device: where the model goes once it is built.
+            hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Returns:
+            A `PeftModel`, of the class that the artifact's `task_type` asks for.
+
+        Raises:
+            ValueError: something is missing, damaged, or belongs to another scaffold; the message names it.
+        """
+        config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
+        if not isinstance(config, LottaLoraConfig):
+            raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")
+        file = locate(path, "config.json", **hub_kwargs)
+        if file is None:
+            raise ValueError(
+                f"{path} has no config.json, so the architecture is unknown. If the model was a plain nn.Module, build "
+                "it yourself and use PeftModel.from_pretrained(module, path)."
+            )
+        architecture = AutoConfig.from_pretrained(file)
+        dtype = dtype or architecture.dtype or torch.float32
+        if config.redraw == "all" or config.save_kept:
+            # Buffers must be real: rotary and position tables have no other source.
+            with init_empty_weights(include_buffers=False):
+                model = cls._auto_class.from_config(architecture, dtype=dtype)
+            model.tie_weights()  # on the meta device each module got a parameter of its own
+        else:
+            if not config.base_model_name_or_path:
+                raise ValueError(
+                    f"{path} keeps pretrained weights (redraw={config.redraw!r}) but names no base model. Load that "
+                    "model yourself and use PeftModel.from_pretrained(model, path)."
+                )
+            model = cls._auto_class.from_pretrained(
+                config.base_model_name_or_path, revision=config.revision, config=architecture, dtype=dtype
+            )
+        peft_model = PeftModel.from_pretrained(
+            model,
+            path,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            torch_device="cpu",
+            **hub_kwargs,
+        )
+        return peft_model.to(device)
+
+
+class AutoLottaLoraModel(_AutoLottaLora):
+    """Any architecture without a head (`transformers.AutoModel`)."""
+
+    _auto_class = transformers.AutoModel
+
+
+class AutoLottaLoraModelForCausalLM(_AutoLottaLora):
+    """Causal language models."""
+
+    _auto_class = transformers.AutoModelForCausalLM
+
+
+class AutoLottaLoraModelForSeq2SeqLM(_AutoLottaLora):
+    """Encoder-decoder language models."""
+
+    _auto_class = transformers.AutoModelForSeq2SeqLM
+
+
+class AutoLottaLoraModelForSequenceClassification(_AutoLottaLora):
+    """Text classification and regression."""
+
+    _auto_class = transformers.AutoModelForSequenceClassification
+
+
+class AutoLottaLoraModelForTokenClassification(_AutoLottaLora):
+    """Token classification."""
+
+    _auto_class = transformers.AutoModelForTokenClassification
+
+
+class AutoLottaLoraModelForQuestionAnswering(_AutoLottaLora):
+    """Extractive question answering."""
+
+    _auto_class = transformers.AutoModelForQuestionAnswering
+
+
+class AutoLottaLoraModelForImageClassification(_AutoLottaLora):
+    """Image classification."""
+
+    _auto_class = transformers.AutoModelForImageClassification

@@ -1,0 +1,127 @@
+"""What an adapter file contains, and the checks that every way of loading one passes through.
+
+`PeftModel.load_adapter` on an existing adapter (Trainer's resume and load-best) never reads adapter_config.json, so
+seed, format and digests also travel inside the file, as a small uint8 tensor of JSON: the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .draw import FORMAT_VERSION, GENERATOR
+from .scaffold import combined_digest, first_difference
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+MANIFEST_KEY = "lottalora_manifest"
+PREFIX = "base_model.model."  # PEFT's prefix of every key in an adapter file
+
+
+def saved_key(path: str) -> str:
+    """Key in the adapter file of the tensor with this clean path."""
+    return PREFIX + path
+
+
+def manifest(plan: Plan) -> torch.Tensor:
+    """Seed, format and digests as a uint8 tensor of JSON, shape `(n,)`."""
+    digests = plan.scaffold_digests()
+    content = {
+        "format_version": FORMAT_VERSION,
+        "generator": GENERATOR,
+        "seed": plan.seed,
+        "digest": combined_digest(plan.seed, digests),
+        "scaffold": digests,
+        "kept": plan.kept_digests,
+    }
+    data = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def read_manifest(tensor: torch.Tensor | None, where: str) -> dict[str, Any]:
+    """The content of a manifest tensor.
+
+    Raises:
+        ValueError: there is none or it is damaged, or its format is unknown.
+    """
+    if tensor is None:
+        raise ValueError(
+            f"{where} has no {MANIFEST_KEY!r}, so its seed is unknown. Expected the adapter file of a LottaLoRA "
+            "artifact; a plain LoRA adapter does not fit a random backbone."
+        )
+    try:
+        content = json.loads(bytes(tensor.cpu().contiguous().numpy()))
+        version, generator, _ = content["format_version"], content["generator"], content["seed"]
+        digest = combined_digest(content["seed"], content["scaffold"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} has a damaged {MANIFEST_KEY!r} ({error}).") from error
+    if version != FORMAT_VERSION or generator != GENERATOR:
+        raise ValueError(
+            f"{where} has scaffold format {version!r} with generator {generator!r}; this version of hf_lottalora draws "
+            f"format {FORMAT_VERSION} with {GENERATOR!r}. Upgrade with: pip install -U hf-lottalora"
+        )
+    if digest != content.get("digest"):
+        raise ValueError(f"{where} has a {MANIFEST_KEY!r} that was edited: its digests do not add up.")
+    return dict(content)
+
+
+def check_scaffold(plan: Plan, seed: int, scaffold: Mapping[str, str], kept: Mapping[str, str], where: str) -> None:
+    """Compare recorded seed and digests with what this model would draw.
+
+    Raises:
+        ValueError: they differ; the message names the first differing tensor.
+    """
+    if seed != plan.seed:
+        raise ValueError(
+            f"{where} belongs to seed {seed}, this model's scaffold is drawn from seed {plan.seed}. Nothing was "
+            f"loaded. Build the model with LottaLoraConfig(seed={seed}, ...)."
+        )
+    difference = first_difference(scaffold, plan.scaffold_digests()) or first_difference(kept, plan.kept_digests)
+    if difference:
+        raise ValueError(
+            f"{where} was made over another backbone: {difference}. Nothing was loaded. Check the architecture "
+            "(config.json), the options of LottaLoraConfig, the base model, and that no module was renamed."
+        )
+
+
+def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Every key of the plan's adapter file but the manifest, with its shape."""
+    shapes = {
+        saved_key(f"{adapter.path}.{name}"): shape for adapter in plan.adapters for name, shape in adapter.shapes.items()
+    }
+    shapes.update({saved_key(path): tensor.survey.shape for path, tensor in plan.saved.items()})
+    return shapes
+
+
+def check_state_dict(plan: Plan, state_dict: Mapping[str, torch.Tensor], where: str = "The adapter file") -> None:
+    """Refuse a state dict that is not exactly what this plan saves. Changes nothing.
+
+    Raises:
+        ValueError: no manifest, another seed, format or scaffold, a missing or foreign key, or a shape that differs;
+            the message names the first one.
+    """
+    content = read_manifest(state_dict.get(MANIFEST_KEY), where)
+    check_scaffold(plan, content["seed"], content["scaffold"], content.get("kept", {}), where)
+    check_shapes(plan, {key: tuple(value.shape) for key, value in state_dict.items()}, where)
+
+
+def check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compare the keys and shapes of an adapter file with the plan's; the manifest's shape is free.
+
+    Raises:
+        ValueError: the first key that is missing, foreign or of another shape.
+    """
+    expected = expected_shapes(plan)
+    for key in sorted(expected.keys() | found.keys() - {MANIFEST_KEY}):
+        if key not in found:
+            raise ValueError(f"{where} lacks {key!r}, expected with shape {expected[key]}. Nothing was loaded.")
+        if key not in expected:
+            raise ValueError(f"{where} has the foreign key {key!r}, which this model does not save. Nothing was loaded.")
+        if tuple(found[key]) != expected[key]:
+            raise ValueError(
+                f"{where} has {key!r} with shape {tuple(found[key])}, expected {expected[key]}. Nothing was loaded."
+            )

@@ -1,0 +1,260 @@
+"""`LottaLoraConfig`: a `LoraConfig` over a backbone that is a seed. Each field is documented once, here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from peft import LoraConfig
+from peft.utils import PeftType
+
+from .artifact import check_artifact_files, complete_artifact
+from .draw import FORMAT_VERSION, GENERATOR, check_seed
+from .families import get_family
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+Redraw = Literal["all", "targets", "none"]
+Embeddings = Literal["train", "frozen", "lora"]
+TrainOrFrozen = Literal["train", "frozen"]
+Head = Literal["train", "lora"]
+
+# Options of LoraConfig that read, decompose or rewrite the base weight, or that this version does not carry over a
+# scaffold. Each is refused by name unless it has its default value, and is left out of adapter_config.json.
+_REFUSED = {
+    "alora_invocation_tokens": "activated LoRA is not supported",
+    "arrow_config": "Arrow routing is not supported",
+    "bias": "which biases are trained is said by biases='train' or biases='frozen'",
+    "corda_config": "CorDA decomposes a pretrained weight; a scaffold is random",
+    "ensure_weight_tying": "tied embeddings always stay tied here, there is nothing to ensure",
+    "eva_config": "EVA initialises from activations of a pretrained network",
+    "fan_in_fan_out": "the layout of a weight is read off the layer",
+    "kasa_config": "KaSA truncates a pretrained weight; a scaffold is random",
+    "layer_replication": "a replicated layer would have no scaffold of its own",
+    "loftq_config": "LoftQ quantises a pretrained weight; a scaffold needs no storage",
+    "lora_bias": "a bias on lora_B is not supported",
+    "lora_ga_config": "LoRA-GA initialises from gradients of a pretrained network",
+    "megatron_config": "Megatron layers are not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "target_parameters": "adapters on bare parameters are not supported",
+    "trainable_token_indices": "embeddings are trained as a whole, frozen, or adapted: see the field `embeddings`",
+    "use_bdlora": "BD-LoRA is not supported",
+    "use_dora": "DoRA is not supported yet",
+    "use_qalora": "QA-LoRA needs a quantised base",
+    "velora_config": "VeLoRA is not supported",
+}
+
+
+@dataclass
+class LottaLoraConfig(LoraConfig):
+    """Configuration of a LottaLoRA adapter: `h = beta * W_seed h + scaling * B A h` (paper section 1).
+
+    Takes `LoraConfig`'s fields (`r`, `target_modules`, `lora_alpha`, `lora_dropout`, `use_rslora`, `rank_pattern`,
+    `alpha_pattern`, `modules_to_save`, `exclude_modules`, `layers_to_transform`, `task_type`, ...) and those below.
+    Without `target_modules`, the attention projections of the architecture carry adapters.
+
+    Raises:
+        TypeError: `seed` or `adapter_seed` is missing or not an integer.
+        ValueError: a value is out of range, or an option makes no sense over a random scaffold; the message names it.
+
+    Example:
+        >>> from hf_lottalora import LottaLoraConfig
+        >>> LottaLoraConfig(seed=42, r=8).family
+        'normal'
+    """
+
+    seed: int | None = field(
+        default=None,
+        metadata={"help": "Seed of the scaffold, 0 <= seed < 2**64. Required: with the names, it is the backbone."},
+    )
+    adapter_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the initial A and B, trained embeddings and head. Default: `seed` (ours)."
+        },
+    )
+    family: str = field(
+        default="normal",
+        metadata={"help": "Distribution of the scaffold: normal, uniform, binary or zero (paper section 2)."},
+    )
+    scale: str | float = field(
+        default="fan_in",
+        metadata={
+            "help": "Standard deviation of a drawn matrix: 'fan_in' = 1/sqrt(d_in) (default, paper section 1), "
+            "'initializer_range' = the architecture's own, or a positive number. Embeddings use the architecture's."
+        },
+    )
+    redraw: Redraw = field(
+        default="all",
+        metadata={
+            "help": "What is drawn from the seed. 'all': every backbone matrix, nothing pretrained survives (default). "
+            "'targets': the adapted matrices only, noise on a pretrained network (paper section 1, ViT). 'none': "
+            "nothing, LoRA with beta."
+        },
+    )
+    embeddings: Embeddings = field(
+        default="train",
+        metadata={
+            "help": "Token, position and type embeddings: 'train' whole (default, paper section 5), 'frozen' as "
+            "drawn, or 'lora' = frozen with an adapter. A tied head follows."
+        },
+    )
+    head: Head | None = field(
+        default=None,
+        metadata={
+            "help": "Task or language-model head: 'train' whole, or 'lora' = drawn, frozen and adapted. Default: "
+            "'train', and for a head tied to the embeddings whatever `embeddings` says."
+        },
+    )
+    norms: TrainOrFrozen = field(
+        default="train", metadata={"help": "Normalisation layers: 'train' (default, paper section 1) or 'frozen'."}
+    )
+    biases: TrainOrFrozen = field(
+        default="frozen",
+        metadata={"help": "Biases of linear and convolution layers: 'frozen' (default, ours) or 'train'."},
+    )
+    train_beta: bool = field(
+        default=True, metadata={"help": "Train beta (default, paper section 1); otherwise it stays 1."}
+    )
+    save_kept: bool = field(
+        default=False,
+        metadata={
+            "help": "With redraw 'targets' or 'none': write the pretrained tensors that were kept into the artifact, "
+            "so that it needs no base model. With redraw 'all' they are always written, they are small."
+        },
+    )
+    format_version: int | None = field(
+        default=None, metadata={"help": "Scaffold format, filled in. A file without one, or a newer one, is refused."}
+    )
+    generator: str = field(default=GENERATOR, metadata={"help": "The random bit generator, filled in."})
+    lottalora_version: str | None = field(
+        default=None, metadata={"help": "hf_lottalora version that wrote the file, filled in."}
+    )
+    scaffold_digests: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Digest of each drawn tensor by canonical name; written on save, checked on load."},
+    )
+    kept_digests: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Digest of each pretrained tensor the artifact does not contain; checked on load."},
+    )
+
+    def __post_init__(self) -> None:
+        from_file = self.peft_type is not None
+        super().__post_init__()
+        self.peft_type = PeftType.LOTTALORA  # type: ignore[attr-defined]
+        self._plan: Plan | None = None  # set when the config is used, read when it is saved
+        self._check_format(from_file)
+        if self.seed is None:
+            raise TypeError(
+                "LottaLoraConfig needs a seed: the backbone is drawn from it. Pass for example seed=42."
+                if not from_file
+                else "The adapter_config.json has no 'seed', so the backbone cannot be drawn. The file is damaged or "
+                "not a LottaLoRA artifact."
+            )
+        self.seed = check_seed(self.seed)
+        if self.adapter_seed is not None:
+            self.adapter_seed = check_seed(self.adapter_seed, "adapter_seed")
+        get_family(self.family)
+        self._check_choices()
+        self._check_rank()
+        self._check_refused()
+
+    def _check_format(self, from_file: bool) -> None:
+        if self.format_version is None:
+            if from_file:
+                raise ValueError(
+                    "The adapter_config.json has no 'format_version', so it is unknown which scaffold its seed means. "
+                    "The file is damaged or not a LottaLoRA artifact."
+                )
+            self.format_version = FORMAT_VERSION
+        if self.format_version != FORMAT_VERSION or self.generator != GENERATOR:
+            raise ValueError(
+                f"Scaffold format {self.format_version!r} with generator {self.generator!r} is not known to this "
+                f"version of hf_lottalora, which draws format {FORMAT_VERSION} with {GENERATOR!r}. "
+                "Upgrade with: pip install -U hf-lottalora"
+            )
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("redraw", get_args(Redraw)),
+            ("embeddings", get_args(Embeddings)),
+            ("head", (*get_args(Head), None)),
+            ("norms", get_args(TrainOrFrozen)),
+            ("biases", get_args(TrainOrFrozen)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if self.scale not in ("fan_in", "initializer_range") and not (
+            number and math.isfinite(self.scale) and self.scale > 0  # type: ignore[arg-type,operator]
+        ):
+            raise ValueError(
+                f"scale must be 'fan_in', 'initializer_range' or a positive number, got {self.scale!r}."
+            )
+
+    def _check_rank(self) -> None:
+        for where, rank in [("r", self.r), *(("rank_pattern", r) for r in (self.rank_pattern or {}).values())]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+                raise ValueError(f"{where} must be a positive integer, got {rank!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}.")
+
+    def _check_refused(self) -> None:
+        if not isinstance(self.init_lora_weights, bool):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} makes no sense over a random scaffold: there is no "
+                "pretrained weight to start from. Use True (A Kaiming uniform, B zero) or False (both Kaiming uniform)."
+            )
+        for option in dataclasses.fields(LoraConfig):
+            if option.name in _REFUSED and getattr(self, option.name) != _default(option):
+                raise ValueError(f"LottaLoraConfig does not take {option.name}: {_REFUSED[option.name]}.")
+
+    @property
+    def effective_adapter_seed(self) -> int:
+        """The seed of everything trained: `adapter_seed`, or `seed` where that is None."""
+        return self.seed if self.adapter_seed is None else self.adapter_seed  # type: ignore[return-value]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a dictionary, without the options of `LoraConfig` that LottaLoRA refuses."""
+        return {key: value for key, value in super().to_dict().items() if key not in _REFUSED}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> LottaLoraConfig:
+        """Load `adapter_config.json` after checking that the weights beside it belong to it.
+
+        Raises:
+            ValueError: no seed or format version, a newer format, weights that are missing, truncated, pickled, or of
+                another seed. Nothing has been changed by then.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if isinstance(config, cls):
+            check_artifact_files(config, pretrained_model_name_or_path, subfolder, **kwargs)
+        return config  # type: ignore[no-any-return]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json`; called last by `PeftModel.save_pretrained`, it also completes the artifact
+        (`config.json`, model card) and checks what was written."""
+        recorded = {} if self._plan is None else self._plan.recorded_digests()
+        if self.redraw == "all":
+            self.base_model_name_or_path = None  # nothing of it survives
+        saved = dataclasses.replace(self, **recorded, lottalora_version=_package_version())
+        LoraConfig.save_pretrained(saved, str(save_directory), **kwargs)
+        if self._plan is not None:
+            complete_artifact(self._plan, save_directory)
+
+
+def _default(option: dataclasses.Field[Any]) -> Any:
+    return option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
+
+
+def _package_version() -> str:
+    from importlib.metadata import version
+
+    return version("hf-lottalora")

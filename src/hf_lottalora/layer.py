@@ -1,0 +1,329 @@
+"""The layer: `y = beta * (W x) + scaling * B A x + bias` (paper section 1), over PEFT's LoRA layers.
+
+Shapes: x `(..., I)`, W `(O, I)` (nn.Linear) or `(I, O)` (Conv1D), A `(r, I)`, B `(O, r)`, beta `(1,)`.
+
+beta costs no memory: autograd would keep W x for its gradient, but d beta = <g, W x> = <W^T g, x>, and W^T g is
+needed for the input's gradient anyway, as x is for A's.
+
+With several active adapters each adds `(beta_i - 1) W x + s_i B_i A_i x` to the same W x; one gives the paper's
+equation exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from .scaffold import ScaffoldTensor
+
+
+def _matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """What autocast would multiply in, else the input's own dtype: no cast that PEFT or torch would not need."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class ScaledLinear(torch.autograd.Function):
+    """`beta * x W^T + scaling * (x A^T) B^T + bias`, keeping only x for backward. `A = B = None` leaves them out."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        beta: torch.Tensor,
+        A: torch.Tensor | None,
+        B: torch.Tensor | None,
+        scaling: float,
+        weight_is_IO: bool,
+    ) -> torch.Tensor:
+        dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            x_NI = x.reshape(-1, x.shape[-1])
+            y_NO = F.linear(x_NI, _as_OI(weight, weight_is_IO, dtype))
+            y_NO.mul_(beta)
+            if A is not None and B is not None:
+                y_NO.addmm_(F.linear(x_NI, A.to(dtype)), B.to(dtype).t(), alpha=scaling)
+            if bias is not None:
+                y_NO.add_(bias)
+        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, bias, beta, A, B, scaling, weight_is_IO = inputs
+        ctx.save_for_backward(x, weight, beta, A, B)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.scaling, ctx.weight_is_IO = scaling, weight_is_IO
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, beta, A, B = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_beta, need_A, need_B = ctx.needs_input_grad[:6]
+        dx = dweight = dbias = dbeta = dA = dB = None
+        dtype, scaling = x.dtype, ctx.scaling
+        with torch.autocast(x.device.type, enabled=False):
+            x_NI = x.reshape(-1, x.shape[-1])
+            g_NO = grad.reshape(-1, grad.shape[-1]).to(dtype)
+            if need_x or need_beta:
+                dx = g_NO @ _as_OI(weight, ctx.weight_is_IO, dtype)  # W^T g, before beta
+            if need_beta:
+                exact = torch.promote_types(dtype, torch.float32)
+                dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
+            if need_x:
+                dx.mul_(beta)
+            if A is not None and B is not None:
+                gB_Nr = g_NO @ B.to(dtype)
+                if need_x:
+                    dx.addmm_(gB_Nr, A.to(dtype), alpha=scaling)
+                if need_A:
+                    dA = (scaling * (gB_Nr.t() @ x_NI)).to(A.dtype)
+                if need_B:
+                    dB = (scaling * (g_NO.t() @ F.linear(x_NI, A.to(dtype)))).to(B.dtype)
+            if need_weight:
+                dweight = (g_NO.t() @ x_NI).mul_(beta).to(weight.dtype)
+                dweight = dweight.t() if ctx.weight_is_IO else dweight
+            if need_bias:
+                dbias = g_NO.sum(0).to(ctx.bias_dtype)
+            dx = dx.view(x.shape) if need_x else None
+        return dx, dweight, dbias, dbeta, dA, dB, None, None
+
+
+class ScaledEmbedding(torch.autograd.Function):
+    """`beta * E(ids)` without keeping E(ids), which is looked up again for beta's gradient."""
+
+    @staticmethod
+    def forward(beta: torch.Tensor, ids: torch.Tensor, embed: nn.Module) -> torch.Tensor:
+        rows: torch.Tensor = embed(ids)
+        return rows * beta.to(rows.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        beta, ids, ctx.embed = inputs
+        ctx.save_for_backward(beta, ids)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        beta, ids = ctx.saved_tensors
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        with torch.no_grad():
+            dbeta = (grad * ctx.embed(ids)).sum(dtype=exact)
+        return dbeta.to(beta.dtype).reshape(1), None, None
+
+
+def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
+    # A weight is cast only where autocast would cast it; otherwise a mismatch is the caller's error, as in nn.Linear.
+    weight = weight.to(dtype) if weight.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16) else weight
+    return weight.t() if weight_is_IO else weight
+
+
+class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
+    """What LottaLoRA adds to a PEFT LoRA layer: beta, and a base weight that can be drawn again."""
+
+    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_beta")
+
+    # How the base weight was drawn; None where a pretrained weight was kept.
+    scaffold: ScaffoldTensor | None = None
+    # The kept pretrained weight while adapters are merged into its place.
+    _unmerged_weight: torch.Tensor | None = None
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        if "lora_beta" not in self._modules:
+            self.lora_beta = nn.ParameterDict()
+            self.frozen_peft_weight_names = {}
+        self.lora_beta[adapter_name] = nn.Parameter(torch.ones(1))
+        if not config.train_beta:
+            self.frozen_peft_weight_names[adapter_name] = ("lora_beta",)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Nothing: the tuner draws A and B from the stream, by name (`init_adapter`)."""
+
+    def _pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B as `(r, in)` and `(out, r)`."""
+        return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+
+    def init_adapter(self, adapter_name: str, path: str, seed: int, zero_B: bool) -> None:
+        """Draw A (Kaiming uniform, a = sqrt(5): U(-1/sqrt(fan_in), 1/sqrt(fan_in))) and B (zero, or likewise).
+
+        An embedding's A multiplies one-hot rows: as in PEFT it is the zero one, and its B is normal.
+        """
+        for role, tensor in zip("AB", self._pair(adapter_name), strict=True):
+            embedding = isinstance(self.get_base_layer(), nn.Embedding)
+            if zero_B and role == ("A" if embedding else "B"):
+                nn.init.zeros_(tensor)
+                continue
+            family, scale = ("normal", 1.0) if embedding else ("uniform", 1 / math.sqrt(3 * tensor.shape[1]))
+            spec = ScaffoldTensor(f"{path}.lora_{role}.weight", tuple(tensor.shape), seed, family, scale)
+            with torch.no_grad():
+                tensor.copy_(spec.draw(tensor.dtype, tensor.device))
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_beta]
+
+    def _total_beta(self, adapters: list[str]) -> torch.Tensor:
+        if len(adapters) == 1:
+            return self.lora_beta[adapters[0]]
+        return 1 + sum(self.lora_beta[name] - 1 for name in adapters)
+
+    def original_weight(self) -> torch.Tensor:
+        """The base weight without any adapter, in the dtype it is held in: drawn again, or the kept one."""
+        weight = self.get_base_layer().weight
+        if not self.merged:
+            return weight.detach()
+        if self.scaffold is not None:
+            return self.scaffold.draw(weight.dtype, weight.device)
+        if self._unmerged_weight is None:
+            raise RuntimeError("The weight under a merged adapter is gone; load the base model again.")
+        return self._unmerged_weight
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """`(beta - 1) W + scaling * B A` in float32 (float64 for a float64 layer), in the layout of W."""
+        original = self.original_weight()
+        exact = torch.promote_types(original.dtype, torch.float32)
+        A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
+        product = (B @ A) * self.scaling[adapter]
+        product = product.t() if self._weight_is_IO else product
+        return (self.lora_beta[adapter].detach().to(exact) - 1) * original.to(exact) + product
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W <- beta W + scaling * B A, summed in float32 and rounded once.
+
+        Raises:
+            ValueError: with `safe_merge`, the merged weight is not finite; nothing was changed.
+        """
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_beta]
+        if not adapters:
+            return
+        weight = self.get_base_layer().weight
+        original = self.original_weight()
+        exact = torch.promote_types(original.dtype, torch.float32)
+        merged = original.to(exact)
+        for name in [*self.merged_adapters, *adapters]:
+            merged = merged + self.get_delta_weight(name)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
+        if self.scaffold is None and self._unmerged_weight is None:
+            self._unmerged_weight = original.clone()
+        weight.data.copy_(merged)
+        self.merged_adapters.extend(adapters)
+
+    def unmerge(self) -> None:
+        """Back to the weight before merging, to the bit: a scaffold is drawn again."""
+        if not self.merged:
+            super().unmerge()  # warns
+            return
+        self.get_base_layer().weight.data.copy_(self.original_weight())
+        self.merged_adapters.clear()
+        self._unmerged_weight = None
+
+    def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in set(adapter_names) & set(self.lora_beta.keys()):
+            rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
+            result[rows] = self._adapted(x[rows], [name]).to(result.dtype)
+        return result
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`(..., I) -> (..., O)`; for an embedding `(...) -> (..., O)`."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        kwargs.pop("alora_offsets", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        active = self._active()
+        if self.disable_adapters or self.merged or not active:
+            result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            return result
+        return self._adapted(x, active)
+
+    @property
+    def _weight_is_IO(self) -> bool:
+        return isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
+
+    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
+    """LottaLoRA over `nn.Linear` or transformers' `Conv1D`."""
+
+    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        base = self.get_base_layer()
+        x = x.to(_matmul_dtype(x))
+        # Dropout acts on the adapter's input alone, so such an adapter takes its own way, as in PEFT.
+        dropped = [name for name in adapters if self.training and not isinstance(self.lora_dropout[name], nn.Identity)]
+        fused = [name for name in adapters if name not in dropped]
+        A, B, scaling = self._joined(fused)
+        beta = self._total_beta(adapters)
+        y: torch.Tensor = ScaledLinear.apply(x, base.weight, base.bias, beta, A, B, scaling, self._weight_is_IO)
+        for name in dropped:
+            A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
+            y = y + F.linear(F.linear(self.lora_dropout[name](x), A), B) * self.scaling[name]
+        return y
+
+    def _joined(self, adapters: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+        if not adapters:
+            return None, None, 1.0
+        if len(adapters) == 1:
+            return *self._pair(adapters[0]), self.scaling[adapters[0]]
+        pairs = [self._pair(name) for name in adapters]
+        B = [B * self.scaling[name] for name, (_, B) in zip(adapters, pairs, strict=True)]
+        return torch.cat([A for A, _ in pairs]), torch.cat(B, dim=1), 1.0
+
+
+class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
+    """LottaLoRA over `nn.Embedding`: row i is `beta * E[i] + scaling * A[:, i]^T B^T`."""
+
+    def _pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+
+    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        y: torch.Tensor = ScaledEmbedding.apply(self._total_beta(adapters), x, self.base_layer)
+        scale = self._get_embed_scale()
+        for name in adapters:
+            A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
+            low_rank = F.linear(F.embedding(x, A.t()), B) * self.scaling[name]
+            y = y + (low_rank if scale is None else low_rank * scale.to(y.dtype))
+        return y
+
+
+class TiedHead(nn.Module, BaseTunerLayer):
+    """An output layer that shares weight *and* adapter with the input embedding, so that the two stay tied."""
+
+    def __init__(self, base_layer: nn.Linear, embedding: ScaffoldEmbedding) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.__dict__["embedding"] = embedding  # not a submodule: its parameters are listed once, over there
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., I) -> (..., vocabulary)`."""
+        embedding = self.embedding
+        adapters = embedding._active()
+        if embedding.disable_adapters or embedding.merged or not adapters:
+            result: torch.Tensor = self.base_layer(x)
+            return result
+        x = x.to(_matmul_dtype(x))
+        beta, base = embedding._total_beta(adapters), self.base_layer
+        # The embedding's row i is beta E[i] + s A[:, i]^T B^T: as a linear layer, its A and B change places.
+        A = torch.cat([embedding._pair(name)[1].t() * embedding.scaling[name] for name in adapters])
+        B = torch.cat([embedding._pair(name)[0].t() for name in adapters], dim=1)
+        y: torch.Tensor = ScaledLinear.apply(x, base.weight, base.bias, beta, A, B, 1.0, False)
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing: the embedding merges the weight they share."""
+
+    def unmerge(self) -> None:
+        """Nothing: the embedding restores the weight they share."""

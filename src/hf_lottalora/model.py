@@ -1,0 +1,367 @@
+"""`LottaLoraModel`: PEFT's LoRA tuner over a backbone that is drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .checkpoint import MANIFEST_KEY, PREFIX, check_scaffold, check_state_dict, manifest, saved_key
+from .config import LottaLoraConfig
+from .initialization import untouched_rng
+from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
+from .plan import Plan, plan_from_survey, warn_if_pretrained
+from .scaffold import ScaffoldTensor, draw_into, first_difference, run_starts, sampled_digest
+from .survey import Survey, owner_of, survey_model, with_model_dtypes
+from .trained import TrainedTensors
+
+
+class _Handled(list[str]):
+    """`modules_to_save` that PEFT lists but does not act on: the plan has made these modules trained already."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
+    """The tuner that `get_peft_model(model, LottaLoraConfig(...))` puts around a model.
+
+    Everything is planned and validated first; then the scaffold is drawn, once, and adapters are injected. Its public
+    methods are reachable from the `PeftModel`.
+
+    Attributes:
+        survey: the base model's tensors, before anything was changed.
+        trained: the adapters' copies of trained base tensors.
+    """
+
+    tuner_layer_cls = ScaffoldLayer
+    uses_shared_state = True  # the survey and trained tensors: PEFT then refuses inject_adapter_in_model
+
+    survey: Survey | None
+    trained: TrainedTensors
+
+    # ---- building -------------------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: LottaLoraConfig, adapter_name: str) -> None:
+        self.survey = None
+        self.trained = TrainedTensors()
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Plan, validate, draw, then let PEFT inject the adapters.
+
+        Raises:
+            ValueError: the plan is impossible, or another scaffold than the model's is asked for. The model is then
+                as it was.
+        """
+        if state_dict is not None:
+            raise ValueError("LottaLoRA adapters are placed by their config; injecting by a state_dict is not supported.")
+        config = self.peft_config[adapter_name]
+        first = self.survey is None
+        survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
+        plan = plan_from_survey(survey, config)
+        self._check_second(plan, config, adapter_name)
+        _check_loadable(model, plan)
+        plan.kept_digests.update(self._kept_digests(model, plan))
+        if config.scaffold_digests is not None:
+            check_scaffold(plan, config.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
+
+        # From here on the model changes.
+        if first:
+            warn_if_pretrained(plan, config.redraw)
+            _materialise(model, plan)
+            self.survey = survey
+        config._plan = plan
+        if config.modules_to_save is not None:
+            config.modules_to_save = _Handled(dict.fromkeys(config.modules_to_save))
+        self.trained.add(model, adapter_name, plan)
+        requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
+        with untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        config.target_modules = requested
+        self._finish_adapters(model, adapter_name, plan, config)
+        self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
+
+    def _check_second(self, plan: Plan, config: LottaLoraConfig, adapter_name: str) -> None:
+        for other_name, other in self.peft_config.items():
+            if other_name == adapter_name:
+                continue
+            for option in ("seed", "family", "scale", "redraw"):
+                if getattr(other, option) != getattr(config, option):
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} has {option}={getattr(config, option)!r}, but this model's scaffold "
+                        f"was made by adapter {other_name!r} with {option}={getattr(other, option)!r}. Adapters share "
+                        "one scaffold: use the same value, or build a second model."
+                    )
+            if config.redraw != "all" and plan.scaffold != other._plan.scaffold:
+                difference = first_difference(other._plan.scaffold_digests(), plan.scaffold_digests())
+                raise ValueError(
+                    f"Adapter {adapter_name!r} would draw other layers than adapter {other_name!r} did: {difference}. "
+                    f"With redraw={config.redraw!r} adapters must have the same target_modules."
+                )
+
+    def _kept_digests(self, model: nn.Module, plan: Plan) -> dict[str, str]:
+        unsaved = [tensor for tensor in plan.with_role("kept") if not tensor.saved]
+        return {tensor.name: sampled_digest(self._base_value(model, tensor.path)) for tensor in unsaved}
+
+    def _base_value(self, model: nn.Module, path: str) -> torch.Tensor:
+        original = self.trained.originals.get(path)
+        live: torch.Tensor = getattr(*owner_of(model, path))
+        return live if original is None else original
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: LottaLoraConfig, key: str) -> bool:
+        plan = peft_config._plan
+        return plan is not None and any(a.path == key and a.kind != "tied_head" for a in plan.adapters)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: LottaLoraConfig) -> None:
+        """Nothing to check or warn about: the plan has, and tied tensors stay one tensor."""
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # see TiedHead: merging keeps the tie
+
+    @staticmethod
+    def _create_new_module(lora_config: LottaLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        kwargs = {key: kwargs[key] for key in ("r", "lora_alpha", "target_name")}
+        if isinstance(target, nn.Embedding):
+            return ScaffoldEmbedding(target, adapter_name, config=lora_config, **kwargs)
+        layer = ScaffoldLinear(target, adapter_name, config=lora_config, **kwargs)
+        layer.fan_in_fan_out = layer.is_target_conv_1d_layer = isinstance(target, Conv1D)
+        return layer
+
+    def _finish_adapters(self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig) -> None:
+        names = {tensor.path: tensor.name for tensor in plan.tensors}
+        for adapter in plan.adapters:
+            layer = model.get_submodule(adapter.path)
+            if adapter.kind == "tied_head":
+                if not isinstance(layer, TiedHead):
+                    parent, _, child = adapter.path.rpartition(".")
+                    setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))
+                continue
+            layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
+            if not layer.lora_beta[adapter_name].is_meta:
+                path = names[f"{adapter.path}.weight"].removesuffix(".weight")
+                layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
+
+    # ---- switching ------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, with the trained tensors of the one that has any.
+
+        Raises:
+            ValueError: two of them train copies of the same tensor.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        owner = self.trained.owner_among(names)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self.trained.install(self.model, owner)
+        self._set_trained_grad(names, not inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
+        self._set_trained_grad(self.active_adapters, enabled)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Enable or disable gradients on adapters and their trained tensors."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._set_trained_grad([adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
+
+    def _set_trained_grad(self, adapters: list[str], requires_grad: bool) -> None:
+        for name in adapters:
+            for parameter in self.trained.parameters_of(self.model, name).values():
+                parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and its trained tensors; another one becomes active if it was."""
+        super().delete_adapter(adapter_name)
+        self.trained.remove(self.model, adapter_name)
+        if self.active_adapters:
+            self.set_adapter(self.active_adapters)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = {name for name in kwargs.get("adapter_names") or () if name != "__base__"}
+        owners = sorted(name for name in names if self.trained.planned.get(name))
+        if owners:
+            raise ValueError(
+                f"adapter_names cannot mix adapters {owners} in one batch: each has its own copy of whole trained "
+                "tensors (head, embeddings or norms). Run them one after the other with set_adapter."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: beta scales the scaffold itself, so a weighted sum of adapters is not an adapter of this form."""
+        raise ValueError(
+            "add_weighted_adapter is not supported: a LottaLoRA adapter also scales the scaffold (beta) and brings its "
+            "own trained tensors, and these do not add up like LoRA deltas."
+        )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        owner = self.trained.owner_among(adapter_names or self.active_adapters) if merge else None
+        self.trained.install(self.model, owner)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return model
+
+    # ---- saving and loading ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LottaLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        tuner, plan = _tuner_of(model), config._plan
+        assert plan is not None
+        selected = {MANIFEST_KEY: manifest(plan)}
+        for adapter in plan.adapters:
+            for name in adapter.shapes:
+                kind, _, weight = name.partition(".")
+                key = PREFIX + ".".join(filter(None, (adapter.path, kind, adapter_name, weight)))
+                selected[key] = state_dict[key]
+        shelved = {} if tuner.trained.installed == adapter_name else tuner.trained.parameters_of(tuner.model, adapter_name)
+        for path in plan.saved:
+            selected[saved_key(path)] = shelved[path] if path in shelved else state_dict[PREFIX + tuner._live_path(path)]
+        return selected
+
+    def _live_path(self, path: str) -> str:
+        """The path that a base tensor has now that PEFT has wrapped some modules."""
+        parts = []
+        module: nn.Module = self.model
+        *parents, attribute = path.split(".")
+        for parent in parents:
+            parts.append(parent)
+            module = getattr(module, parent)
+            if isinstance(module, BaseTunerLayer):
+                parts.append("base_layer")
+                module = module.base_layer
+        return ".".join([*parts, attribute])
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: LottaLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Every way of loading passes here: check all of it, then fill trained and kept tensors; PEFT does the rest."""
+        tuner, plan = _tuner_of(model), config._plan
+        assert plan is not None
+        check_state_dict(plan, state_dict)
+        state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
+        trained = tuner.trained.parameters_of(tuner.model, adapter_name)
+        with torch.no_grad():
+            for path in plan.saved:
+                value = state_dict.pop(saved_key(path))
+                target = trained[path] if path in trained else getattr(*owner_of(tuner.model, path))
+                target.copy_(value)
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
+
+    # ---- looking --------------------------------------------------------------------------------------------------
+
+    def get_plan(self, adapter_name: str | None = None) -> Plan:
+        """The plan of an adapter (default: the first active one); printing it shows roles, sizes and shares."""
+        plan: Plan = self.peft_config[adapter_name or self.active_adapters[0]]._plan
+        return plan
+
+    def get_betas(self, adapter_name: str | None = None) -> dict[str, float]:
+        """The beta of each adapted layer by module path."""
+        name = adapter_name or self.active_adapters[0]
+        return {
+            path: float(layer.lora_beta[name])
+            for path, layer in self.model.named_modules()
+            if isinstance(layer, ScaffoldLayer) and name in layer.lora_beta
+        }
+
+    def verify_scaffold(self, full: bool = False) -> None:
+        """Compare the live scaffold, in its dtype, with what the seed draws: sampled runs, or every weight.
+
+        Raises:
+            ValueError: a weight differs; the first such tensor is named. Also while adapters are merged.
+        """
+        for path, spec in self.get_plan().scaffold.items():
+            live = getattr(*owner_of(self.model, path)).detach()
+            if full:
+                same = torch.equal(spec.draw(live.dtype), live.cpu())
+            else:
+                flat = live.reshape(-1)
+                same = all(
+                    torch.equal(spec.draw_slice(at, min(at + 64, spec.numel), live.dtype), flat[at : at + 64].cpu())
+                    for at in run_starts(spec.numel)
+                )
+            if not same:
+                raise ValueError(
+                    f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
+                    "merged into (see unmerge_adapter), or cast twice."
+                )
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Read by DistributedDataParallel: every rank draws its own scaffold, so none is broadcast."""
+        drawn = {id(getattr(*owner_of(self.model, path))) for path in self.get_plan().scaffold}
+        named = self.model.named_parameters(remove_duplicate=False)
+        return [PREFIX + name for name, parameter in named if id(parameter) in drawn]
+
+
+def _tuner_of(model: nn.Module) -> LottaLoraModel:
+    tuner = getattr(model, "base_model", model)
+    if not isinstance(tuner, LottaLoraModel):
+        raise ValueError(f"Expected a PeftModel with a LottaLoRA adapter, got {type(model).__name__}.")
+    return tuner
+
+
+def _check_loadable(model: nn.Module, plan: Plan) -> None:
+    for tensor in plan.tensors:
+        live = getattr(*owner_of(model, tensor.path))
+        if live.is_meta and tensor.base is None and not tensor.saved:
+            raise ValueError(
+                f"{tensor.path!r} is on the meta device and is neither drawn nor saved, so it has no value. Load the "
+                "base model's weights first, or pass redraw='all'."
+            )
+
+
+def _materialise(model: nn.Module, plan: Plan) -> None:
+    """Give every frozen tensor of the base model its value: the scaffold in one parallel pass, in place."""
+    draws = {}
+    for tensor in plan.tensors:
+        owner, attribute = owner_of(model, tensor.path)
+        live = getattr(owner, attribute)
+        if live.is_meta and tensor.role != "trained":
+            live = nn.Parameter(torch.empty(live.shape, dtype=live.dtype), requires_grad=False)
+            for alias in tensor.survey.aliases:
+                owner, attribute = owner_of(model, alias)
+                owner._parameters[attribute] = live
+        if tensor.role == "scaffold" and isinstance(tensor.base, ScaffoldTensor):
+            draws[tensor.base] = live
+        elif tensor.role == "kept" and isinstance(tensor.base, ScaffoldTensor):
+            draws[tensor.base] = live
+        elif tensor.role == "kept" and tensor.base is not None:
+            with torch.no_grad():
+                live.copy_(tensor.base)
+    draw_into(draws)

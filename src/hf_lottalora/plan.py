@@ -1,0 +1,439 @@
+"""The plan: which role each tensor gets, made and validated before the model is touched."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .scaffold import ScaffoldTensor
+from .survey import Survey, SurveyedModule, SurveyedTensor, survey_model
+from .targets import ATTENTION_PROJECTIONS
+
+if TYPE_CHECKING:
+    from .config import LottaLoraConfig
+
+Role = Literal["scaffold", "trained", "kept"]
+
+# PEFT's task classes append these to modules_to_save whether the model has them or not.
+_PEFT_HEADS = {"classifier", "score", "qa_outputs"}
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedTensor:
+    """What becomes of one tensor of the base model.
+
+    Attributes:
+        survey: the tensor.
+        role: "scaffold" (drawn, frozen, never saved), "trained" (saved) or "kept" (frozen, not drawn).
+        base: how its value without adapters arises: drawn, the architecture's constant, or None = as it is.
+        start: how the copy that an adapter trains starts; meaningful for trained tensors only.
+        saved: whether the artifact contains it.
+    """
+
+    survey: SurveyedTensor
+    role: Role
+    base: ScaffoldTensor | torch.Tensor | None
+    start: ScaffoldTensor | torch.Tensor | None
+    saved: bool
+
+    @property
+    def path(self) -> str:
+        return self.survey.path
+
+    @property
+    def name(self) -> str:
+        return self.survey.name
+
+
+@dataclass(frozen=True)
+class PlannedAdapter:
+    """A, B and beta over one module; a tied head shares those of the input embedding and has none of its own."""
+
+    path: str
+    kind: Literal["linear", "embedding", "tied_head"]
+    in_features: int
+    out_features: int
+    r: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter's tensors by their name in the artifact, below the module's path."""
+        r, d_in, d_out = self.r, self.in_features, self.out_features
+        if self.kind == "linear":
+            return {"lora_A.weight": (r, d_in), "lora_B.weight": (d_out, r), "lora_beta": (1,)}
+        if self.kind == "embedding":
+            return {"lora_embedding_A": (r, d_in), "lora_embedding_B": (d_out, r), "lora_beta": (1,)}
+        return {}
+
+    @property
+    def numel(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Roles of all tensors, the adapters, and what they cost. `print(plan)` shows it as a table.
+
+    Attributes:
+        survey: the model that was planned for.
+        tensors: one entry per distinct tensor of the base model.
+        adapters: one entry per adapted module.
+        seed: the scaffold's.
+        train_beta: whether beta counts as trainable.
+        digests: filled once, by `scaffold_digests`.
+    """
+
+    survey: Survey
+    tensors: tuple[PlannedTensor, ...]
+    adapters: tuple[PlannedAdapter, ...]
+    seed: int
+    train_beta: bool
+    digests: dict[str, str] = field(default_factory=dict, repr=False)
+    kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def with_role(self, role: Role) -> Iterator[PlannedTensor]:
+        """The tensors that have this role."""
+        return (tensor for tensor in self.tensors if tensor.role == role)
+
+    @property
+    def scaffold(self) -> dict[str, ScaffoldTensor]:
+        """The drawn, frozen tensors by path."""
+        return {t.path: t.base for t in self.with_role("scaffold") if isinstance(t.base, ScaffoldTensor)}
+
+    @property
+    def saved(self) -> dict[str, PlannedTensor]:
+        """The tensors of the base model that the artifact contains, by path."""
+        return {tensor.path: tensor for tensor in self.tensors if tensor.saved}
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trainable parameters in A, B and beta ("internal" in the paper's tables)."""
+        fixed = 0 if self.train_beta else sum("lora_beta" in adapter.shapes for adapter in self.adapters)
+        return sum(adapter.numel for adapter in self.adapters) - fixed
+
+    @property
+    def trainable_parameters(self) -> int:
+        """All trainable parameters: adapters and trained tensors."""
+        return self.adapter_parameters + sum(tensor.survey.numel for tensor in self.with_role("trained"))
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the base model and the adapters."""
+        base = sum(tensor.survey.numel for tensor in self.tensors if tensor.survey.kind != "buffer")
+        return base + sum(adapter.numel for adapter in self.adapters)
+
+    def scaffold_digests(self) -> dict[str, str]:
+        """Digest of each scaffold tensor by canonical name."""
+        if not self.digests:
+            self.digests.update({spec.name: spec.digest() for spec in self.scaffold.values()})
+        return self.digests
+
+    def recorded_digests(self) -> dict[str, dict[str, str]]:
+        """What adapter_config.json records of the tensors that the artifact does not contain."""
+        return {"scaffold_digests": self.scaffold_digests(), "kept_digests": self.kept_digests}
+
+    def adapter_dtype(self) -> torch.dtype:
+        """PEFT holds adapters over a half-precision model in float32 (`autocast_adapter_dtype`)."""
+        dtype = next((t.survey.dtype for t in self.tensors if t.survey.dtype.is_floating_point), torch.float32)
+        return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+    def artifact_bytes(self, adapter_dtype: torch.dtype | None = None) -> int:
+        """Size of `adapter_model.safetensors`: every saved tensor in its dtype, the manifest and the header."""
+        from .checkpoint import manifest, saved_key  # the file's layout is known there
+
+        dtype = adapter_dtype or self.adapter_dtype()
+        entries: dict[str, Any] = {}
+        at = 0
+        sizes = [
+            (saved_key(f"{adapter.path}.{name}"), dtype, shape)
+            for adapter in self.adapters
+            for name, shape in adapter.shapes.items()
+        ]
+        sizes += [(saved_key(path), t.survey.dtype, t.survey.shape) for path, t in self.saved.items()]
+        sizes.append(("manifest", torch.uint8, tuple(manifest(self).shape)))
+        for key, dtype, shape in sizes:
+            size = math.prod(shape) * dtype.itemsize
+            entries[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+            at += size
+        header = len(json.dumps(entries, separators=(",", ":"))) + len('"__metadata__":{"format":"pt"},')
+        return at + 8 + -(-header // 8) * 8
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, str], list[int]] = {}
+
+        def add(role: str, path: str, numel: int, size: int) -> None:
+            row = rows.setdefault((role, re.sub(r"\.\d+\.", ".*.", path)), [0, 0, 0])
+            row[0] += 1
+            row[1] += numel
+            row[2] += size
+
+        for tensor in self.tensors:
+            add(tensor.role, tensor.path, tensor.survey.numel, tensor.survey.numel * tensor.survey.dtype.itemsize)
+        for adapter in self.adapters:
+            if adapter.shapes:
+                label = f"{adapter.path} (A, B, beta)"
+                add("adapter", label, adapter.numel, adapter.numel * self.adapter_dtype().itemsize)
+        width = max(len(path) for _, path in rows)
+        lines = [f"LottaLoRA plan for {self.survey.class_name}, seed {self.seed}"]
+        lines.append(f"{'role':<9} {'tensor':<{width}} {'count':>5} {'parameters':>13} {'bytes':>14}")
+        for (role, path), (count, numel, size) in sorted(rows.items(), key=lambda row: row[0][0]):
+            lines.append(f"{role:<9} {path:<{width}} {count:>5} {numel:>13,} {size:>14,}")
+        share = self.trainable_parameters / self.total_parameters
+        lines.append(
+            f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of which "
+            f"A, B and beta {self.adapter_parameters:,}"
+        )
+        lines.append(f"artifact  {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed")
+        return "\n".join(lines)
+
+
+def make_plan(model: nn.Module, config: LottaLoraConfig) -> Plan:
+    """What `get_peft_model(model, config)` would do, without doing it.
+
+    Raises:
+        ValueError: a combination that cannot work; see `plan_from_survey`.
+
+    Example:
+        >>> import torch
+        >>> from hf_lottalora import LottaLoraConfig, make_plan
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> config = LottaLoraConfig(seed=42, r=2, target_modules=["0"], modules_to_save=["2"])
+        >>> make_plan(model, config).adapter_parameters
+        65
+    """
+    return plan_from_survey(survey_model(model), config)
+
+
+def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
+    """Give each tensor its one role.
+
+    Raises:
+        ValueError: no module matches the targets, a target is of an unsupported type, options disagree on a tied
+            tensor, a name in `modules_to_save` is not there, or the weights are quantised.
+    """
+    extra = _modules_to_save(survey, config)
+    _check_tied_options(survey, config, extra)
+    adapters = _plan_adapters(survey, config, extra)
+    adapted = {adapter.path for adapter in adapters if adapter.kind != "tied_head"}
+    tensors = tuple(_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors)
+    return Plan(survey, tensors, tuple(adapters), int(config.seed or 0), config.train_beta)
+
+
+def _plan_tensor(
+    tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig, extra: set[str], adapted: set[str]
+) -> PlannedTensor:
+    owner = tensor.path.rpartition(".")[0]
+    role = _role(tensor, config, owner, extra, adapted)
+    if role == "scaffold":
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{tensor.path!r} has dtype {tensor.dtype}: a quantised weight cannot be drawn over. Load the model "
+                "without quantisation (a scaffold needs no stored weights), or pass redraw='none'."
+            )
+        spec = _scaffold_spec(tensor, survey, config)
+        return PlannedTensor(tensor, role, spec, None, saved=False)
+    base = _own_init(tensor, survey, config.seed or 0) if config.redraw == "all" else None
+    start = _own_init(tensor, survey, config.effective_adapter_seed) if config.redraw == "all" else None
+    saved = role == "trained" or config.redraw == "all" or config.save_kept
+    return PlannedTensor(tensor, role, base, start, saved)
+
+
+def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: set[str], adapted: set[str]) -> Role:
+    if tensor.kind == "buffer":
+        return "kept"
+    if _under(tensor.path, extra) or any(_under(alias, extra) for alias in tensor.aliases):
+        return "trained"
+    drawn: Role = "scaffold"
+    if config.redraw == "none" or (config.redraw == "targets" and owner not in adapted):
+        drawn = "kept"
+    if tensor.kind == "embedding" or (tensor.kind == "parameter" and not tensor.in_head):
+        if not tensor.init.random:
+            return "kept"
+        if config.embeddings == "train" or (config.embeddings == "lora" and owner not in adapted):
+            return "trained"  # too small for an adapter, or not a module that can carry one
+        return drawn if config.redraw != "targets" else "kept"
+    if tensor.in_head and config.head != "lora":
+        return "trained"
+    if tensor.kind == "norm":
+        return "trained" if config.norms == "train" else "kept"
+    if tensor.kind == "bias":
+        return "trained" if config.biases == "train" else "kept"
+    if tensor.kind == "parameter":
+        return "trained" if tensor.init.random else "kept"
+    # A matrix. One that the architecture itself sets to a constant means something and is left alone.
+    return drawn if tensor.init.random else "kept"
+
+
+def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig) -> ScaffoldTensor:
+    if tensor.kind != "matrix" or config.scale == "initializer_range":
+        scale = survey.initializer_range
+        if scale is None:
+            raise ValueError(
+                f"A plain nn.Module has no initializer_range to scale {tensor.path!r} by. Pass scale='fan_in' or a "
+                "number, and embeddings='train'."
+            )
+    else:
+        scale = 1 / math.sqrt(tensor.fan_in) if config.scale == "fan_in" else float(config.scale)
+    return ScaffoldTensor(
+        tensor.name, tensor.shape, int(config.seed or 0), config.family, scale, zero_row=tensor.zero_row
+    )
+
+
+def _own_init(tensor: SurveyedTensor, survey: Survey, seed: int) -> ScaffoldTensor | torch.Tensor | None:
+    """The architecture's own start: its constant, or for what it makes random our stream in its size."""
+    if not tensor.init.random:
+        return tensor.init.value
+    if survey.initializer_range is not None:
+        if tensor.kind == "bias":  # random biases are special (Mamba's time step): as the architecture makes them
+            return tensor.init.value
+        return ScaffoldTensor(tensor.name, tensor.shape, seed, "normal", survey.initializer_range, tensor.zero_row)
+    if tensor.kind == "embedding":  # torch's own init of nn.Embedding is N(0, 1)
+        return ScaffoldTensor(tensor.name, tensor.shape, seed, "normal", 1.0, tensor.zero_row)
+    if tensor.kind in ("matrix", "bias") and tensor.fan_in:  # torch's own is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+        return ScaffoldTensor(tensor.name, tensor.shape, seed, "uniform", 1 / math.sqrt(3 * tensor.fan_in))
+    return tensor.init.value
+
+
+def _plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> list[PlannedAdapter]:
+    targets = _target_names(survey, config)
+    adapters = []
+    for module in survey.modules:
+        whole = _under(module.path, extra) or (module.in_head and config.head != "lora")
+        if module.path in targets and not whole:
+            adapters.append(_adapter(module, config, "linear"))
+        elif module.in_head and config.head == "lora" and module.kind == "linear" and not whole:
+            adapters.append(_adapter(module, config, "linear"))
+    if not any(adapter.kind == "linear" for adapter in adapters):
+        raise ValueError(
+            f"target_modules={_shown(config.target_modules)} matches no linear layer of {survey.class_name} outside "
+            f"what is trained as a whole. {_linear_layers(survey)}"
+        )
+    if config.embeddings == "lora":
+        adapters += _embedding_adapters(survey, config, extra)
+    tied = {a.path for a in adapters if a.kind == "embedding"} & {survey.input_embeddings}
+    if tied and _tied_tensor(survey) is not None:
+        adapters = [a for a in adapters if a.path != survey.output_embeddings]
+        adapters.append(PlannedAdapter(str(survey.output_embeddings), "tied_head", 0, 0, config.r))
+    return adapters
+
+
+def _embedding_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> Iterator[PlannedAdapter]:
+    random = {t.path for t in survey.tensors if t.kind == "embedding" and t.init.random}
+    for module in survey.modules:
+        if module.kind != "embedding" or f"{module.path}.weight" not in random or _under(module.path, extra):
+            continue
+        adapter = _adapter(module, config, "embedding")
+        if adapter.numel < module.in_features * module.out_features:
+            yield adapter
+
+
+def _adapter(
+    module: SurveyedModule, config: LottaLoraConfig, kind: Literal["linear", "embedding"]
+) -> PlannedAdapter:
+    if module.kind != kind:
+        hint = "pass embeddings='lora' instead" if module.kind == "embedding" else "leave it out of target_modules"
+        raise ValueError(
+            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear and Conv1D; {hint}."
+        )
+    pattern = get_pattern_key((config.rank_pattern or {}).keys(), module.path)
+    rank = (config.rank_pattern or {}).get(pattern, config.r)
+    return PlannedAdapter(module.path, kind, module.in_features, module.out_features, rank)
+
+
+def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
+    """Paths of the modules that `config.target_modules` means, by PEFT's matching rules."""
+    if config.target_modules is None:
+        names = ATTENTION_PROJECTIONS.get(survey.model_type or "")
+        if names is None:
+            what = f"model type {survey.model_type!r}" if survey.model_type else "a plain nn.Module"
+            raise ValueError(f"There are no default target_modules for {what}. {_linear_layers(survey)}")
+        config.target_modules = set(names)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        excluded = [] if isinstance(config.exclude_modules, str) else config.exclude_modules or []
+        return {
+            m.path
+            for m in survey.modules
+            if m.kind == "linear"
+            and not m.in_head
+            and not any(m.path == e or m.path.endswith(f".{e}") for e in excluded)
+            and not (isinstance(config.exclude_modules, str) and re.fullmatch(config.exclude_modules, m.path))
+        }
+    return {m.path for m in survey.modules if check_target_module_exists(config, m.path)}
+
+
+def _modules_to_save(survey: Survey, config: LottaLoraConfig) -> set[str]:
+    """Paths of the modules that `config.modules_to_save` means: a full path, or its end."""
+    found = set()
+    paths = {parent for t in survey.tensors for alias in t.aliases for parent in _parents(alias)}
+    for name in dict.fromkeys(config.modules_to_save or []):
+        matches = {path for path in paths if path == name or path.endswith(f".{name}")}
+        if not matches and name not in _PEFT_HEADS:
+            raise ValueError(
+                f"modules_to_save names {name!r}, but {survey.class_name} has no such module with parameters."
+            )
+        found |= matches
+    return found
+
+
+def _check_tied_options(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> None:
+    tied = _tied_tensor(survey)
+    if tied is None:
+        return
+    if any(_under(alias, extra) for alias in tied.aliases) and config.embeddings != "train":
+        raise ValueError(
+            f"modules_to_save trains {tied.path!r}, which is tied to {list(tied.aliases)}, but embeddings="
+            f"{config.embeddings!r} says otherwise. Drop one of the two."
+        )
+    if config.head is not None and config.head != config.embeddings:
+        raise ValueError(
+            f"The head of {survey.class_name} is tied to its input embeddings ({', '.join(tied.aliases)}), but head="
+            f"{config.head!r} and embeddings={config.embeddings!r} disagree. Leave head=None, it follows embeddings."
+        )
+
+
+def _tied_tensor(survey: Survey) -> SurveyedTensor | None:
+    """The input embedding's tensor, where the head uses it too."""
+    return next((t for t in survey.tensors if t.tied_head and t.path == f"{survey.input_embeddings}.weight"), None)
+
+
+def _linear_layers(survey: Survey) -> str:
+    names: Mapping[str, None] = dict.fromkeys(
+        re.sub(r"(^|\.)\d+(?=\.)", r"\1*", module.path) for module in survey.modules if module.kind == "linear"
+    )
+    return f"Pass target_modules; its linear layers are: {', '.join(names) or 'none'}."
+
+
+def _shown(targets: Iterable[str] | None) -> Any:
+    return sorted(targets) if isinstance(targets, (set, list)) else targets
+
+
+def _parents(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _under(path: str, modules: set[str]) -> bool:
+    return path in modules or any(parent in modules for parent in _parents(path))
+
+
+def warn_if_pretrained(plan: Plan, redraw: str) -> None:
+    """Say once that weights somebody loaded are about to be drawn over."""
+    if plan.survey.pretrained_from and redraw != "none" and plan.scaffold:
+        warnings.warn(
+            f"redraw={redraw!r} draws over weights that were loaded from {plan.survey.pretrained_from!r}: "
+            f"{len(plan.scaffold)} tensors become random. Pass redraw='targets' to replace only the adapted layers, "
+            "or redraw='none' to keep them all; to train from a seed, AutoModel.from_config loads nothing.",
+            UserWarning,
+            stacklevel=2,
+        )

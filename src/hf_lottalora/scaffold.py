@@ -1,0 +1,147 @@
+"""One drawn tensor: what fixes it, how to draw it (or any slice of it), and the digest that names it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .draw import FORMAT_VERSION, Draw, draw_blocks, flat_bits, scaled_table, stream_key
+from .families import get_family
+
+# The digest reads the first, the last and 64 evenly spaced runs of 64 elements: milliseconds, at any size.
+_RUN, _RUNS = 64, 66
+
+
+@dataclass(frozen=True)
+class ScaffoldTensor:
+    """A tensor that is nothing but (seed, name): `W[i] = scale * table[bits of element i]`.
+
+    Attributes:
+        name: canonical name, the stream's name.
+        shape: full shape, in storage order.
+        seed: 0 <= seed < 2**64.
+        family: name of the table.
+        scale: standard deviation under any family but "zero"; rounded to float32 when drawn.
+        zero_row: index of a row that is zero whatever the stream says (an embedding's padding row).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    seed: int
+    family: str = "normal"
+    scale: float = 1.0
+    zero_row: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def draw(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", threads: int | None = None
+    ) -> torch.Tensor:
+        """The tensor, shape `self.shape`."""
+        tensor = torch.empty(self.shape, dtype=dtype, device=device)
+        draw_into({self: tensor}, threads)
+        return tensor
+
+    def draw_slice(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Elements `[start, stop)` of the flattened tensor, shape `(stop - start,)`; equal to that slice of the whole.
+
+        Raises:
+            IndexError: the slice leaves the tensor.
+        """
+        if not 0 <= start <= stop <= self.numel:
+            raise IndexError(f"slice [{start}, {stop}) of {self.name!r}, which has {self.numel} elements")
+        values = torch.empty(stop - start, dtype=dtype)
+        draw_blocks([self._job(values, start)])
+        if self.zero_row is not None:
+            width = self.numel // self.shape[0]
+            first = self.zero_row * width
+            values[max(0, first - start) : max(0, first + width - start)] = 0
+        return values
+
+    def digest(self) -> str:
+        """BLAKE2b-128 over name, shape, table, scale and the float32 stream values of 66 runs.
+
+        Independent of dtype, device and residency. The padding row enters by its index.
+        """
+        head = repr((self.name, self.shape, get_family(self.family).table_digest, self.zero_row)).encode()
+        state = hashlib.blake2b(head, digest_size=16)
+        state.update(np.float32(self.scale).astype("<f4").tobytes())
+        runs = [torch.empty(min(_RUN, self.numel)) for _ in run_starts(self.numel)]
+        draw_blocks([self._job(run, at) for run, at in zip(runs, run_starts(self.numel), strict=True)], threads=1)
+        for run in runs:
+            state.update(run.numpy().astype("<f4").tobytes())
+        return state.hexdigest()
+
+    def _job(self, flat: torch.Tensor, start: int = 0) -> Draw:
+        family = get_family(self.family)
+        table = scaled_table(family.table, self.scale, flat.dtype)
+        return Draw(flat_bits(flat), table, family.bits, stream_key(self.seed, self.name), start)
+
+
+def run_starts(numel: int) -> list[int]:
+    """Where the digest's runs start in a flattened tensor of `numel` elements."""
+    if numel <= _RUN:
+        return [0]
+    return sorted({j * (numel - _RUN) // (_RUNS - 1) for j in range(_RUNS)})
+
+
+def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | None = None) -> None:
+    """Draw each scaffold tensor into the tensor given for it, all of them in one parallel pass.
+
+    A destination that is not contiguous CPU memory is drawn on the CPU and copied: the values are the same.
+    """
+    staged = {
+        scaffold: target.detach()
+        if target.device.type == "cpu" and target.is_contiguous()
+        else torch.empty(scaffold.shape, dtype=target.dtype)
+        for scaffold, target in targets.items()
+    }
+    draw_blocks((scaffold._job(tensor) for scaffold, tensor in staged.items()), threads)
+    for scaffold, tensor in staged.items():
+        if scaffold.zero_row is not None:
+            tensor[scaffold.zero_row] = 0
+        target = targets[scaffold].detach()
+        if tensor.data_ptr() != target.data_ptr():
+            target.copy_(tensor)
+
+
+def combined_digest(seed: int, digests: Mapping[str, str]) -> str:
+    """One BLAKE2b-128 for a whole scaffold, from its seed and the digests of its tensors by name."""
+    state = hashlib.blake2b(f"{FORMAT_VERSION} {seed}\n".encode(), digest_size=16)
+    for name in sorted(digests):
+        state.update(f"{name} {digests[name]}\n".encode())
+    return state.hexdigest()
+
+
+def sampled_digest(tensor: torch.Tensor) -> str:
+    """BLAKE2b-128 of a kept tensor: shape and the digest's runs, rounded to bfloat16.
+
+    The rounding makes a float32 checkpoint and its bfloat16 copy the same base.
+    """
+    state = hashlib.blake2b(repr(tuple(tensor.shape)).encode(), digest_size=16)
+    flat = tensor.detach().reshape(-1)
+    for start in run_starts(flat.numel()):
+        run = flat[start : start + _RUN].cpu()
+        run = run.to(torch.bfloat16) if run.is_floating_point() else run
+        state.update(flat_bits(run.contiguous()).tobytes())
+    return state.hexdigest()
+
+
+def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+    """A sentence that names the first tensor in which two digest lists differ, or None where they agree."""
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name!r} is in the artifact but not in this model"
+        if name not in expected:
+            return f"{name!r} is in this model but not in the artifact"
+        if expected[name] != found[name]:
+            return f"{name!r} has digest {found[name]}, the artifact says {expected[name]}"
+    return None
+

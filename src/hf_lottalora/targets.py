@@ -1,0 +1,38 @@
+"""Which linear layers carry an adapter by default: the attention projections (paper section 5), by architecture."""
+
+from __future__ import annotations
+
+_QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_QKV_OUT = ["q_proj", "k_proj", "v_proj", "out_proj"]
+_BERT = ["query", "key", "value", "attention.output.dense"]
+
+# model_type -> module name suffixes. PEFT's own table stops at q and v, and lacks many of these architectures.
+ATTENTION_PROJECTIONS: dict[str, list[str]] = {
+    **dict.fromkeys(
+        [
+            "cohere", "deepseek_v3", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "granite", "llama", "mistral",
+            "mixtral", "olmo", "olmo2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+        ],
+        _QKVO,
+    ),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "camembert", "layoutlm"], _BERT),
+    **dict.fromkeys(["bart", "mbart", "opt", "clip", "clip_text_model", "clip_vision_model", "whisper",
+                     "wav2vec2", "hubert", "gpt_neo", "gptj", "marian", "pegasus", "m2m_100"], _QKV_OUT),
+    **dict.fromkeys(["t5", "mt5", "umt5"], ["q", "k", "v", "o"]),
+    "albert": ["query", "key", "value", "attention.dense"],
+    "bloom": ["query_key_value", "self_attention.dense"],
+    "deberta": ["in_proj", "attention.output.dense"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "attention.output.dense"],
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin"],
+    "falcon": ["query_key_value", "self_attention.dense"],
+    "gpt2": ["attn.c_attn", "attn.c_proj"],
+    "decision_transformer": ["attn.c_attn", "attn.c_proj"],
+    "gpt_bigcode": ["attn.c_attn", "attn.c_proj"],
+    "gpt_neox": ["query_key_value", "attention.dense"],
+    "modernbert": ["attn.Wqkv", "attn.Wo"],
+    "mpt": ["Wqkv", "attn.out_proj"],
+    "phi": ["q_proj", "k_proj", "v_proj", "self_attn.dense"],
+    "phi3": ["qkv_proj", "o_proj"],
+    # Vision models were renamed from the first four to the last four in the course of transformers 5.
+    **dict.fromkeys(["deit", "dinov2", "swin", "swinv2", "vit"], [*_BERT, *_QKVO]),
+}  # fmt: skip
