@@ -221,7 +221,8 @@ class LottaLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary, without the options of `LoraConfig` that LottaLoRA refuses."""
-        return {key: value for key, value in super().to_dict().items() if key not in _REFUSED}
+        entries = {key: value for key, value in super().to_dict().items() if key not in _REFUSED}
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in entries.items()}
 
     @classmethod
     def from_pretrained(

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from .scaffold import ScaffoldTensor
@@ -64,7 +63,6 @@ class ScaledLinear(torch.autograd.Function):
         ctx.scaling, ctx.weight_is_IO = scaling, weight_is_IO
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, beta, A, B = ctx.saved_tensors
         need_x, need_weight, need_bias, need_beta, need_A, need_B = ctx.needs_input_grad[:6]
@@ -79,7 +77,8 @@ class ScaledLinear(torch.autograd.Function):
                 exact = torch.promote_types(dtype, torch.float32)
                 dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
             if need_x:
-                dx.mul_(beta)
+                # In place, unless autograd records this backward for a second derivative.
+                dx = dx * beta.to(dtype) if torch.is_grad_enabled() else dx.mul_(beta)
             if A is not None and B is not None:
                 gB_Nr = g_NO @ B.to(dtype)
                 if need_x:
@@ -89,7 +88,7 @@ class ScaledLinear(torch.autograd.Function):
                 if need_B:
                     dB = (scaling * (g_NO.t() @ F.linear(x_NI, A.to(dtype)))).to(B.dtype)
             if need_weight:
-                dweight = (g_NO.t() @ x_NI).mul_(beta).to(weight.dtype)
+                dweight = (g_NO.t() @ x_NI * beta).to(weight.dtype)
                 dweight = dweight.t() if ctx.weight_is_IO else dweight
             if need_bias:
                 dbias = g_NO.sum(0).to(ctx.bias_dtype)
@@ -111,12 +110,10 @@ class ScaledEmbedding(torch.autograd.Function):
         ctx.save_for_backward(beta, ids)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         beta, ids = ctx.saved_tensors
         exact = torch.promote_types(grad.dtype, torch.float32)
-        with torch.no_grad():
-            dbeta = (grad * ctx.embed(ids)).sum(dtype=exact)
+        dbeta = (grad * ctx.embed(ids)).sum(dtype=exact)
         return dbeta.to(beta.dtype).reshape(1), None, None
 
 

@@ -294,7 +294,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         """The beta of each adapted layer by module path."""
         name = adapter_name or self.active_adapters[0]
         return {
-            path: float(layer.lora_beta[name])
+            path: layer.lora_beta[name].item()
             for path, layer in self.model.named_modules()
             if isinstance(layer, ScaffoldLayer) and name in layer.lora_beta
         }

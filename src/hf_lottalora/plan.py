@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 
 Role = Literal["scaffold", "trained", "kept"]
 
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
 # PEFT's task classes append these to modules_to_save whether the model has them or not.
 _PEFT_HEADS = {"classifier", "score", "qa_outputs"}
 
@@ -148,24 +159,20 @@ class Plan:
         return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
     def artifact_bytes(self, adapter_dtype: torch.dtype | None = None) -> int:
-        """Size of `adapter_model.safetensors`: every saved tensor in its dtype, the manifest and the header."""
-        from .checkpoint import manifest, saved_key  # the file's layout is known there
+        """Size of `adapter_model.safetensors` to within a few bytes: saved tensors in their dtypes, manifest, header."""
+        from .checkpoint import MANIFEST_KEY, expected_shapes, manifest, saved_key  # the file's layout is known there
 
-        dtype = adapter_dtype or self.adapter_dtype()
-        entries: dict[str, Any] = {}
+        dtypes = {saved_key(path): tensor.survey.dtype for path, tensor in self.saved.items()}
+        shapes = {**expected_shapes(self), MANIFEST_KEY: tuple(manifest(self).shape)}
+        dtypes[MANIFEST_KEY] = torch.uint8
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
-        sizes = [
-            (saved_key(f"{adapter.path}.{name}"), dtype, shape)
-            for adapter in self.adapters
-            for name, shape in adapter.shapes.items()
-        ]
-        sizes += [(saved_key(path), t.survey.dtype, t.survey.shape) for path, t in self.saved.items()]
-        sizes.append(("manifest", torch.uint8, tuple(manifest(self).shape)))
-        for key, dtype, shape in sizes:
+        for key, shape in shapes.items():
+            dtype = dtypes.get(key, adapter_dtype or self.adapter_dtype())
             size = math.prod(shape) * dtype.itemsize
-            entries[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+            entries[key] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
             at += size
-        header = len(json.dumps(entries, separators=(",", ":"))) + len('"__metadata__":{"format":"pt"},')
+        header = len(json.dumps(entries, separators=(",", ":")))
         return at + 8 + -(-header // 8) * 8
 
     def __str__(self) -> str:

@@ -1,0 +1,77 @@
+"""What every benchmark writes beside its figures: the machine, the versions, and JSON that is never half a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("hf-lottalora", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions: what a reader needs to judge a figure, and nothing that identifies the machine's owner.
+
+    Example:
+        >>> sorted(environment())
+        ['accelerators', 'cores', 'cpu', 'date', 'memory_gib', 'platform', 'python', 'threads', 'versions']
+    """
+    import torch
+
+    accelerators = []
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        module = getattr(torch, kind.type if kind else "cuda")
+        for index in range(torch.accelerator.device_count()):
+            name = module.get_device_name(index) if hasattr(module, "get_device_name") else str(kind)
+            accelerators.append(name)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "accelerators": accelerators,
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Write `data` as indented JSON, creating the folder; a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
