@@ -54,6 +54,14 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What `write_json` wrote there, or None where there is no such file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peft
+import torch
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -34,7 +36,7 @@ _LOADERS = {
     "ForConditionalGeneration": "AutoLottaLoraModelForSeq2SeqLM",
     "ForImageClassification": "AutoLottaLoraModelForImageClassification",
 }
-_CARD_MARK = "<!-- hf_lottalora -->"
+_CARD_BEGIN, _CARD_END = "<!-- hf_lottalora: begin -->", "<!-- hf_lottalora: end -->"
 
 
 def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
@@ -85,8 +87,8 @@ def check_artifact_files(
             raise ValueError(f"{weights} and the adapter_config.json beside it disagree: {difference}.")
 
 
-def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str]) -> None:
-    """Write `config.json` and our part of the model card, and check the weights that PEFT has just written.
+def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
+    """Write `config.json` (with the model's `dtype`) and our part of the card, and check the weights PEFT wrote.
 
     Raises:
         ValueError: the weights were pickled, or hold something else than the plan says.
@@ -103,7 +105,7 @@ def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str]) -> Non
     if architecture is not None:
         architecture = type(architecture).from_dict(architecture.to_dict())
         architecture.architectures = [plan.survey.class_name]
-        architecture.dtype = next((t.survey.dtype for t in plan.tensors if t.survey.dtype.is_floating_point), None)
+        architecture.dtype = dtype
         architecture.save_pretrained(folder)
     if weights.is_file():
         _write_card(plan, folder)
@@ -112,11 +114,12 @@ def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str]) -> Non
 def _write_card(plan: Plan, folder: Path) -> None:
     file = folder / "README.md"
     card = ModelCard.load(file) if file.exists() else ModelCard("")
-    own = card.text.partition(_CARD_MARK)
-    if own[1] or not card.text.strip() or "[More Information Needed]" in card.text:  # PEFT's empty template, or ours
-        card.text = _card_text(plan)
-    else:
-        card.text = f"{card.text.rstrip()}\n\n{_card_text(plan)}"
+    before, begin, rest = card.text.partition(_CARD_BEGIN)
+    if begin:
+        after = rest.partition(_CARD_END)[2]
+    else:  # the first time: beside a user's words, but in place of PEFT's empty template
+        before, after = ("" if "[More Information Needed]" in before else before.rstrip() + "\n\n"), ""
+    card.text = f"{before.lstrip()}{_card_text(plan)}{after}"
     tags = {*(card.data.tags or []), "lottalora"}
     card.data.tags = sorted(tag for tag in tags if plan.survey.pretrained_from or not tag.startswith("base_model:"))
     card.data.library_name = "peft"
@@ -136,7 +139,7 @@ def _card_text(plan: Plan) -> str:
     else:
         load = f'from hf_lottalora import {loader}\n\nmodel = {loader}.from_pretrained("path/to/this/folder")'
     drawn = sum(spec.numel for spec in plan.scaffold.values())
-    return f"""{_CARD_MARK}
+    return f"""{_CARD_BEGIN}
 # {class_name} over a random scaffold
 
 A [LottaLoRA](https://arxiv.org/abs/2604.08749) adapter. {drawn:,} backbone weights are not in this repository: they are
@@ -154,4 +157,9 @@ drawn from seed {plan.seed} when the model is loaded, the same to the bit everyw
 | of which A, B and beta | {plan.adapter_parameters:,} |
 
 Needs `pip install hf-lottalora`.
+
+### Framework versions
+
+- PEFT {peft.__version__}
+{_CARD_END}
 """

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from .artifact import locate
 from .config import LottaLoraConfig
+from .survey import owner_of
 
 
 class _AutoLottaLora:
@@ -67,6 +68,9 @@ class _AutoLottaLora:
             # Buffers must be real: rotary and position tables have no other source.
             with init_empty_weights(include_buffers=False):
                 model = cls._auto_class.from_config(architecture, dtype=dtype)
+            for buffer_path, cast in (config.cast_buffers or {}).items():
+                owner, name = owner_of(model, buffer_path)
+                owner._buffers[name] = getattr(owner, name).to(getattr(torch, cast))
             model.tie_weights()  # on the meta device each module got a parameter of its own
         else:
             if not config.base_model_name_or_path:

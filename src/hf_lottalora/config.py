@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from peft import LoraConfig
 from peft.utils import PeftType
 
@@ -142,12 +143,19 @@ class LottaLoraConfig(LoraConfig):
         default=None,
         metadata={"help": "Digest of each pretrained tensor the artifact does not contain; checked on load."},
     )
+    cast_buffers: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Buffers that were cast to half precision with the model (`model.half()`); filled in."},
+    )
 
     def __post_init__(self) -> None:
         from_file = self.peft_type is not None
         super().__post_init__()
         self.peft_type = PeftType.LOTTALORA  # type: ignore[attr-defined]
-        self._plan: Plan | None = None  # set when the config is used, read when it is saved
+        # Set when the config is used and when its adapter's tensors are collected; read when it is saved.
+        self._plan: Plan | None = None
+        self._saved_dtype: torch.dtype | None = None
+        self._cast_buffers: dict[str, str] = {}
         self._check_format(from_file)
         if self.seed is None:
             raise TypeError(
@@ -222,7 +230,10 @@ class LottaLoraConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary, without the options of `LoraConfig` that LottaLoRA refuses."""
         entries = {key: value for key, value in super().to_dict().items() if key not in _REFUSED}
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in entries.items()}
+        entries["target_modules"] = _listed(entries["target_modules"])
+        entries["exclude_modules"] = _listed(entries["exclude_modules"])
+        entries["modules_to_save"] = None if self.modules_to_save is None else list(self.modules_to_save)
+        return entries
 
     @classmethod
     def from_pretrained(
@@ -242,13 +253,19 @@ class LottaLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`; called last by `PeftModel.save_pretrained`, it also completes the artifact
         (`config.json`, model card) and checks what was written."""
-        recorded = {} if self._plan is None else self._plan.recorded_digests()
+        recorded: dict[str, Any] = {}
+        if self._plan is not None:
+            recorded = {**self._plan.recorded_digests(), "cast_buffers": self._cast_buffers}
         if self.redraw == "all":
             self.base_model_name_or_path = None  # nothing of it survives
         saved = dataclasses.replace(self, **recorded, lottalora_version=_package_version())
         LoraConfig.save_pretrained(saved, str(save_directory), **kwargs)
         if self._plan is not None:
-            complete_artifact(self._plan, save_directory)
+            complete_artifact(self._plan, save_directory, self._saved_dtype)
+
+
+def _listed(names: Any) -> Any:
+    return sorted(names) if isinstance(names, set) else names
 
 
 def _default(option: dataclasses.Field[Any]) -> Any:

@@ -18,7 +18,7 @@ from .initialization import untouched_rng
 from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
 from .plan import Plan, plan_from_survey, warn_if_pretrained
 from .scaffold import ScaffoldTensor, draw_into, first_difference, run_starts, sampled_digest
-from .survey import Survey, owner_of, survey_model, with_model_dtypes
+from .survey import Survey, clean_modules, owner_of, survey_model, with_model_dtypes
 from .trained import TrainedTensors
 
 
@@ -235,6 +235,8 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
     ) -> dict[str, torch.Tensor]:
         tuner, plan = _tuner_of(model), config._plan
         assert plan is not None
+        config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
+        config._cast_buffers = _cast_buffers(tuner.model)
         selected = {MANIFEST_KEY: manifest(plan)}
         for adapter in plan.adapters:
             for name in adapter.shapes:
@@ -334,6 +336,17 @@ def _tuner_of(model: nn.Module) -> LottaLoraModel:
     if not isinstance(tuner, LottaLoraModel):
         raise ValueError(f"Expected a PeftModel with a LottaLoRA adapter, got {type(model).__name__}.")
     return tuner
+
+
+def _cast_buffers(model: nn.Module) -> dict[str, str]:
+    """Unsaved buffers in half precision by clean path: rotary tables that `model.half()` has rounded."""
+    return {
+        f"{path}.{name}": str(buffer.dtype).removeprefix("torch.")
+        for path, module in clean_modules(model)
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set and buffer is not None
+        if buffer.dtype in (torch.float16, torch.bfloat16)
+    }
 
 
 def _check_loadable(model: nn.Module, plan: Plan) -> None:

@@ -74,12 +74,19 @@ class TrainedTensors(nn.Module):
             return
         leaving = self.planned.get(self.installed or "", {})
         coming = self.planned.get(adapter or "", {})
+        for path, tensor in leaving.items():
+            if tensor.base is None and path not in coming and self.originals.get(path) is None:
+                raise ValueError(
+                    f"The pretrained value of {path!r} is needed without adapter {self.installed!r}, but the model was "
+                    "built from an artifact that has the trained value only. Build it over the base model instead: "
+                    "PeftModel.from_pretrained(base_model, path)."
+                )
         for path in {**leaving, **coming}:
             tensor = coming.get(path) or leaving[path]
             live = getattr(*owner_of(model, path))
             if path in leaving:
                 self.adapters[self.installed].put(path, live)  # type: ignore[index]
-            elif tensor.base is None:
+            elif tensor.base is None and not live.is_meta:
                 self.originals.put(path, live)
             if path in coming:
                 parameter = self.adapters[adapter].take(path)  # type: ignore[index]
