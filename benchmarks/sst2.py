@@ -5,7 +5,8 @@ training set, for three seeds, in each of these ways:
 
 - `full`: every weight is trained, from the architecture's own initialisation;
 - `lottalora`: the default `LottaLoraConfig` with r = 8;
-- `zero`: the same over a scaffold of zeros, so the frozen layers pass nothing on and the adapters are on their own;
+- `zero`: the same over a scaffold of zeros: frozen layers pass nothing on, the adapters are on their own. The pooler gets
+  an adapter too, since no signal would reach the classifier otherwise;
 - `head`: the same scaffold as `lottalora`, but adapters and beta stay as they start: only embeddings, norms and head
   are trained.
 
@@ -27,12 +28,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
@@ -52,8 +53,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import hf_lottalora  # before anything of peft: it registers the method
-
 METHODS = {
     "full": "every weight trained",
     "lottalora": "drawn scaffold, r = {rank} adapters",
@@ -67,6 +66,7 @@ ARCHITECTURE = {
     "intermediate_size": 1024,
     "max_position_embeddings": 64,
 }
+WITH_POOLER = ["query", "key", "value", "attention.output.dense", "pooler.dense"]
 DEV_ROWS = 2000
 RESULTS = Path(__file__).parent / "results" / "sst2.json"
 
@@ -118,8 +118,8 @@ def build_model(method: str, seed: int, rank: int, vocab_size: int) -> nn.Module
     model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=vocab_size, **ARCHITECTURE))
     if method == "full":
         return model
-    family = "zero" if method == "zero" else "normal"
-    config = hf_lottalora.LottaLoraConfig(seed=seed, r=rank, family=family, task_type="SEQ_CLS")
+    options: dict[str, Any] = {"family": "zero", "target_modules": WITH_POOLER} if method == "zero" else {}
+    config = hf_lottalora.LottaLoraConfig(seed=seed, r=rank, task_type="SEQ_CLS", **options)
     model = get_peft_model(model, config)
     if method == "head":
         for name, parameter in model.named_parameters():
@@ -181,19 +181,19 @@ def run(
     }
 
 
-def summarise(runs: dict[str, dict[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, float]]:
+def summarise(runs: dict[str, dict[str, Any]], chosen: dict[str, float]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation per method over its final runs, and the ratio to `full`."""
-    finals = {m: [r for key, r in runs.items() if key.startswith(f"final/{m}/")] for m in methods}
     summary: dict[str, dict[str, float]] = {}
-    for method, found in finals.items():
+    for method, rate in chosen.items():
+        found = [run for key, run in runs.items() if key.startswith(f"final/{method}/lr={rate:g}/")]
         if found:
-            scores = [r["accuracy"] for r in found]
+            scores = [run["accuracy"] for run in found]
             summary[method] = {
                 "mean": mean(scores),
                 "std": stdev(scores) if len(scores) > 1 else 0.0,
                 "runs": len(scores),
-                "learning_rate": found[0]["learning_rate"],
-                "train_seconds": mean(r["train_seconds"] for r in found),
+                "learning_rate": rate,
+                "train_seconds": mean(run["train_seconds"] for run in found),
                 "trainable_parameters": found[0]["trainable_parameters"],
                 "trainable_outside_embeddings": found[0]["trainable_outside_embeddings"],
             }
@@ -254,13 +254,13 @@ def main() -> None:
     result = read_json(args.output) or {"settings": settings, "runs": {}}
     if result["settings"] != settings:
         raise SystemExit(f"{args.output} holds runs with other settings: {result['settings']}. Pass another --output.")
-    runs = result["runs"]
+    runs, chosen = result["runs"], result.setdefault("chosen_learning_rates", {})
     result["environment"] = environment()
 
-    def cell(key: str, *arguments: Any) -> dict[str, Any]:
+    def cell(phase: str, method: str, rate: float, seed: int, *sets: Dataset) -> dict[str, Any]:
+        key = f"{phase}/{method}/lr={rate:g}/seed={seed}"
         if key not in runs:
-            runs[key] = run(*arguments, data, args)
-            result["summary"] = summarise(runs, args.methods)
+            runs[key] = run(method, seed, rate, *sets, data, args)
             write_json(args.output, result)
             tqdm.write(f"{key}: accuracy {runs[key]['accuracy']:.4f}, {runs[key]['train_seconds']} s")
         bar.update()
@@ -268,15 +268,14 @@ def main() -> None:
 
     with tqdm(total=len(args.methods) * (len(args.learning_rates) + len(args.seeds)), desc="runs") as bar:
         for method in args.methods:
-            tried = [
-                cell(f"search/{method}/lr={rate:g}", method, args.seeds[0], rate, data.search_train, data.search_dev)
-                for rate in args.learning_rates
-            ]
-            best = max(tried, key=lambda r: r["accuracy"])["learning_rate"]
-            for seed in args.seeds:
-                cell(f"final/{method}/seed={seed}", method, seed, best, data.train, data.validation)
-    result["summary"] = summarise(runs, args.methods)
-    write_json(args.output, result)
+            sets, seed = (data.search_train, data.search_dev), args.seeds[0]
+            tried = [cell("search", method, rate, seed, *sets) for rate in args.learning_rates]
+            chosen[method] = max(tried, key=lambda run: run["accuracy"])["learning_rate"]
+        for seed in args.seeds:
+            for method in args.methods:
+                cell("final", method, chosen[method], seed, data.train, data.validation)
+                result["summary"] = summarise(runs, chosen)
+                write_json(args.output, result)
     print(table(result["summary"], args.rank))
 
 

@@ -116,7 +116,9 @@ def test_a_file_without_seed_or_format_is_refused(tmp_path: Any, key: str) -> No
 
 
 def test_help_is_there_for_every_field() -> None:
-    own = {field.name for field in dataclasses.fields(LottaLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+    own = {field.name for field in dataclasses.fields(LottaLoraConfig)} - {
+        f.name for f in dataclasses.fields(LoraConfig)
+    }
     fields = {field.name: field for field in dataclasses.fields(LottaLoraConfig)}
     assert all(len(fields[name].metadata["help"]) > 20 for name in own)
     assert LottaLoraModel.prefix == "lora_"

@@ -52,7 +52,9 @@ def test_constants_are_the_architectures_own() -> None:
 
 
 def test_sinusoidal_positions_are_kept() -> None:
-    architecture = DistilBertConfig(vocab_size=99, dim=32, hidden_dim=48, n_layers=1, n_heads=4, sinusoidal_pos_embds=True)
+    architecture = DistilBertConfig(
+        vocab_size=99, dim=32, hidden_dim=48, n_layers=1, n_heads=4, sinusoidal_pos_embds=True
+    )
     model = DistilBertModel(architecture)
     table = model.embeddings.position_embeddings.weight.clone()
     peft_model = get_peft_model(model, config())

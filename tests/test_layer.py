@@ -10,7 +10,7 @@ from tiny import config, gpt2, ids, llama, mlp, perturb
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lottalora.layer import ScaledLinear, ScaffoldLinear
+from hf_lottalora.layer import ScaffoldLinear, ScaledLinear
 
 
 def layer_of(

@@ -145,11 +145,18 @@ def test_targets() -> None:
     assert targets(llama(), target_modules=r".*\.1\..*up_proj") == {"model.layers.1.mlp.up_proj"}
     one = targets(llama(), target_modules=["q_proj"], layers_to_transform=[1])
     assert one == {"model.layers.1.self_attn.q_proj"}
-    assert "model.layers.0.mlp.up_proj" not in targets(llama(), target_modules="all-linear", exclude_modules=["up_proj"])
+    assert "model.layers.0.mlp.up_proj" not in targets(
+        llama(), target_modules="all-linear", exclude_modules=["up_proj"]
+    )
     assert "classifier" not in targets(bert(), target_modules=["classifier", "query"])  # trained as a whole
     assert "classifier" in targets(bert(), head="lora")
     ranks = make_plan(llama(), config(rank_pattern={"q_proj": 2})).adapters
-    assert {(a.path.rpartition(".")[2], a.r) for a in ranks} == {("q_proj", 2), ("k_proj", 4), ("v_proj", 4), ("o_proj", 4)}
+    assert {(a.path.rpartition(".")[2], a.r) for a in ranks} == {
+        ("q_proj", 2),
+        ("k_proj", 4),
+        ("v_proj", 4),
+        ("o_proj", 4),
+    }
 
 
 class WithQuantised(nn.Module):
@@ -162,7 +169,11 @@ class WithQuantised(nn.Module):
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        (mlp, {}, r"no default target_modules for a plain nn.Module. Pass target_modules; its linear layers are: 0, 2, 4"),
+        (
+            mlp,
+            {},
+            r"no default target_modules for a plain nn.Module. Pass target_modules; its linear layers are: 0, 2, 4",
+        ),
         (mlp, {"target_modules": ["nope"]}, r"target_modules=\['nope'\] matches no linear layer of Sequential"),
         (mlp, {"target_modules": ["4"], "modules_to_save": ["4"]}, "matches no linear layer .* trained as a whole"),
         (mlp, {"target_modules": ["0"], "modules_to_save": ["9"]}, "modules_to_save names '9', but Sequential has no"),
@@ -170,7 +181,11 @@ class WithQuantised(nn.Module):
         (vit, {"target_modules": ["projection"]}, "a Conv2d. Adapters go on nn.Linear and Conv1D"),
         (llama, {"head": "train", "embeddings": "frozen"}, r"tied .* head='train' and embeddings='frozen' disagree"),
         (llama, {"head": "lora"}, "head='lora' and embeddings='train' disagree"),
-        (llama, {"modules_to_save": ["lm_head"], "embeddings": "lora"}, "modules_to_save trains .* embeddings='lora' says"),
+        (
+            llama,
+            {"modules_to_save": ["lm_head"], "embeddings": "lora"},
+            "modules_to_save trains .* embeddings='lora' says",
+        ),
     ],
 )
 def test_impossible_plans_are_refused_and_change_nothing(model: Any, changes: dict[str, Any], message: str) -> None:

@@ -1,9 +1,9 @@
 """The artifact folder: what must be in it before it is loaded, and what completes it when it is saved.
 
-    adapter_config.json         the LottaLoraConfig: seed, format, family, digests
-    adapter_model.safetensors   A, B, beta; trained and kept tensors; the manifest. Never a scaffold weight
-    config.json                 the architecture
-    README.md                   a model card that shows how to load it
+- adapter_config.json: the LottaLoraConfig with seed, format, family and digests;
+- adapter_model.safetensors: A, B, beta; trained and kept tensors; the manifest. Never a scaffold weight;
+- config.json: the architecture;
+- README.md: a model card that shows how to load it.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = 
         return str(file) if file.is_file() else None
     known = ("revision", "cache_dir", "token", "force_download", "local_files_only")
     try:
-        return hf_hub_download(
-            str(path), filename, subfolder=subfolder, **{key: hub[key] for key in known if key in hub}
-        )
+        wanted = {key: hub[key] for key in known if key in hub}
+        return str(hf_hub_download(str(path), filename, subfolder=subfolder, **wanted))
     except EntryNotFoundError:
         return None
 
@@ -114,17 +113,18 @@ def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str], dtype:
 def _write_card(plan: Plan, folder: Path) -> None:
     file = folder / "README.md"
     card = ModelCard.load(file) if file.exists() else ModelCard("")
+    data: Any = card.data
     before, begin, rest = card.text.partition(_CARD_BEGIN)
     if begin:
         after = rest.partition(_CARD_END)[2]
     else:  # the first time: beside a user's words, but in place of PEFT's empty template
         before, after = ("" if "[More Information Needed]" in before else before.rstrip() + "\n\n"), ""
     card.text = f"{before.lstrip()}{_card_text(plan)}{after}"
-    tags = {*(card.data.tags or []), "lottalora"}
-    card.data.tags = sorted(tag for tag in tags if plan.survey.pretrained_from or not tag.startswith("base_model:"))
-    card.data.library_name = "peft"
+    tags = {*(data.tags or []), "lottalora"}
+    data.tags = sorted(tag for tag in tags if plan.survey.pretrained_from or not tag.startswith("base_model:"))
+    data.library_name = "peft"
     if not plan.survey.pretrained_from:
-        card.data.base_model = None
+        data.base_model = None
     card.save(file)
 
 

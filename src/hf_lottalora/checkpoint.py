@@ -91,7 +91,9 @@ def check_scaffold(plan: Plan, seed: int, scaffold: Mapping[str, str], kept: Map
 def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Every key of the plan's adapter file but the manifest, with its shape."""
     shapes = {
-        saved_key(f"{adapter.path}.{name}"): shape for adapter in plan.adapters for name, shape in adapter.shapes.items()
+        saved_key(f"{adapter.path}.{name}"): shape
+        for adapter in plan.adapters
+        for name, shape in adapter.shapes.items()
     }
     shapes.update({saved_key(path): tensor.survey.shape for path, tensor in plan.saved.items()})
     return shapes
@@ -120,7 +122,9 @@ def check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str) -
         if key not in found:
             raise ValueError(f"{where} lacks {key!r}, expected with shape {expected[key]}. Nothing was loaded.")
         if key not in expected:
-            raise ValueError(f"{where} has the foreign key {key!r}, which this model does not save. Nothing was loaded.")
+            raise ValueError(
+                f"{where} has the foreign key {key!r}, which this model does not save. Nothing was loaded."
+            )
         if tuple(found[key]) != expected[key]:
             raise ValueError(
                 f"{where} has {key!r} with shape {tuple(found[key])}, expected {expected[key]}. Nothing was loaded."

@@ -74,9 +74,7 @@ class LottaLoraConfig(LoraConfig):
     )
     adapter_seed: int | None = field(
         default=None,
-        metadata={
-            "help": "Seed of the initial A and B, trained embeddings and head. Default: `seed` (ours)."
-        },
+        metadata={"help": "Seed of the initial A and B, trained embeddings and head. Default: `seed` (ours)."},
     )
     family: str = field(
         default="normal",
@@ -149,7 +147,7 @@ class LottaLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        from_file = self.peft_type is not None
+        from_file = getattr(self, "peft_type", None) is not None
         super().__post_init__()
         self.peft_type = PeftType.LOTTALORA  # type: ignore[attr-defined]
         # Set when the config is used and when its adapter's tensors are collected; read when it is saved.
@@ -201,9 +199,7 @@ class LottaLoraConfig(LoraConfig):
         if self.scale not in ("fan_in", "initializer_range") and not (
             number and math.isfinite(self.scale) and self.scale > 0  # type: ignore[arg-type,operator]
         ):
-            raise ValueError(
-                f"scale must be 'fan_in', 'initializer_range' or a positive number, got {self.scale!r}."
-            )
+            raise ValueError(f"scale must be 'fan_in', 'initializer_range' or a positive number, got {self.scale!r}.")
 
     def _check_rank(self) -> None:
         for where, rank in [("r", self.r), *(("rank_pattern", r) for r in (self.rank_pattern or {}).values())]:
@@ -252,7 +248,8 @@ class LottaLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`; called last by `PeftModel.save_pretrained`, it also completes the artifact
-        (`config.json`, model card) and checks what was written."""
+        (`config.json`, model card) and checks what was written.
+        """
         recorded: dict[str, Any] = {}
         if self._plan is not None:
             recorded = {**self._plan.recorded_digests(), "cast_buffers": self._cast_buffers}
@@ -269,7 +266,7 @@ def _listed(names: Any) -> Any:
 
 
 def _default(option: dataclasses.Field[Any]) -> Any:
-    return option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
+    return option.default_factory() if callable(option.default_factory) else option.default
 
 
 def _package_version() -> str:

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ def table_digest(table: np.ndarray[Any, Any]) -> str:
     return hashlib.blake2b(table.astype("<f4").tobytes(), digest_size=16).hexdigest()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(family: Family) -> np.ndarray[Any, Any]:
     size = 1 << family.bits
     values = family.quantile((np.arange(size) + 0.5) / size)

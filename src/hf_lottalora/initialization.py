@@ -68,14 +68,14 @@ def architecture_init(model: nn.Module, matrices: set[int]) -> dict[int, Initial
     Returns:
         One `InitialValue` per parameter and persistent buffer of `model`, by the id of the live tensor.
     """
-    live = list(model.parameters()) + list(model.buffers())
+    live: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {}
-    for tensor in model.parameters():
-        device = "meta" if id(tensor) in matrices else "cpu"
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False)
-    for tensor in model.buffers():
-        memo[id(tensor)] = tensor.detach().clone()
+    for parameter in model.parameters():
+        device = "meta" if id(parameter) in matrices else "cpu"
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().clone()
     twins = [memo[id(tensor)] for tensor in live]
     twin = copy.deepcopy(model, memo)
 
@@ -93,9 +93,7 @@ def architecture_init(model: nn.Module, matrices: set[int]) -> dict[int, Initial
     return result
 
 
-def _run_init(
-    twin: nn.Module, tensors: list[torch.Tensor], seed: int
-) -> tuple[list[torch.Tensor], set[int]]:
+def _run_init(twin: nn.Module, tensors: list[torch.Tensor], seed: int) -> tuple[list[torch.Tensor], set[int]]:
     torch.default_generator.manual_seed(seed)
     with torch.no_grad(), _RandomWrites() as recorder:
         for tensor in tensors:
@@ -107,6 +105,7 @@ def _run_init(
             twin.initialize_weights()
         else:
             for module in twin.modules():
-                if callable(getattr(module, "reset_parameters", None)):
-                    module.reset_parameters()
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
     return [tensor.detach().clone() for tensor in tensors], recorder.storages

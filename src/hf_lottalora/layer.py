@@ -66,7 +66,8 @@ class ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, beta, A, B = ctx.saved_tensors
         need_x, need_weight, need_bias, need_beta, need_A, need_B = ctx.needs_input_grad[:6]
-        dx = dweight = dbias = dbeta = dA = dB = None
+        dx: Any = None
+        dweight = dbias = dbeta = dA = dB = None
         dtype, scaling = x.dtype, ctx.scaling
         with torch.autocast(x.device.type, enabled=False):
             x_NI = x.reshape(-1, x.shape[-1])
@@ -223,7 +224,9 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         self.merged_adapters.clear()
         self._unmerged_weight = None
 
-    def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
         for name in set(adapter_names) & set(self.lora_beta.keys()):
             rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
@@ -299,7 +302,9 @@ class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
 class TiedHead(nn.Module, BaseTunerLayer):
     """An output layer that shares weight *and* adapter with the input embedding, so that the two stay tied."""
 
-    def __init__(self, base_layer: nn.Linear, embedding: ScaffoldEmbedding) -> None:
+    embedding: ScaffoldEmbedding
+
+    def __init__(self, base_layer: nn.Module, embedding: ScaffoldEmbedding) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.__dict__["embedding"] = embedding  # not a submodule: its parameters are listed once, over there

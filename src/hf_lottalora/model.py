@@ -67,7 +67,9 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
                 as it was.
         """
         if state_dict is not None:
-            raise ValueError("LottaLoRA adapters are placed by their config; injecting by a state_dict is not supported.")
+            raise ValueError(
+                "LottaLoRA adapters are placed by their config; injecting by a state_dict is not supported."
+            )
         config = self.peft_config[adapter_name]
         first = self.survey is None
         survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
@@ -133,7 +135,9 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         return []  # see TiedHead: merging keeps the tie
 
     @staticmethod
-    def _create_new_module(lora_config: LottaLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    def _create_new_module(
+        lora_config: LottaLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
         kwargs = {key: kwargs[key] for key in ("r", "lora_alpha", "target_name")}
         if isinstance(target, nn.Embedding):
             return ScaffoldEmbedding(target, adapter_name, config=lora_config, **kwargs)
@@ -144,11 +148,11 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
     def _finish_adapters(self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig) -> None:
         names = {tensor.path: tensor.name for tensor in plan.tensors}
         for adapter in plan.adapters:
-            layer = model.get_submodule(adapter.path)
+            layer: Any = model.get_submodule(adapter.path)
             if adapter.kind == "tied_head":
                 if not isinstance(layer, TiedHead):
                     parent, _, child = adapter.path.rpartition(".")
-                    setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))
+                    setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))  # type: ignore[operator]
                 continue
             layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
             if not layer.lora_beta[adapter_name].is_meta:
@@ -243,9 +247,11 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
                 kind, _, weight = name.partition(".")
                 key = PREFIX + ".".join(filter(None, (adapter.path, kind, adapter_name, weight)))
                 selected[key] = state_dict[key]
-        shelved = {} if tuner.trained.installed == adapter_name else tuner.trained.parameters_of(tuner.model, adapter_name)
+        installed = tuner.trained.installed == adapter_name
+        shelved = {} if installed else tuner.trained.parameters_of(tuner.model, adapter_name)
         for path in plan.saved:
-            selected[saved_key(path)] = shelved[path] if path in shelved else state_dict[PREFIX + tuner._live_path(path)]
+            live = shelved.get(path)
+            selected[saved_key(path)] = state_dict[PREFIX + tuner._live_path(path)] if live is None else live
         return selected
 
     def _live_path(self, path: str) -> str:
@@ -370,11 +376,11 @@ def _materialise(model: nn.Module, plan: Plan) -> None:
             for alias in tensor.survey.aliases:
                 owner, attribute = owner_of(model, alias)
                 owner._parameters[attribute] = live
-        if tensor.role == "scaffold" and isinstance(tensor.base, ScaffoldTensor):
+        if tensor.role == "trained":
+            continue
+        if isinstance(tensor.base, ScaffoldTensor):
             draws[tensor.base] = live
-        elif tensor.role == "kept" and isinstance(tensor.base, ScaffoldTensor):
-            draws[tensor.base] = live
-        elif tensor.role == "kept" and tensor.base is not None:
+        elif tensor.base is not None:
             with torch.no_grad():
                 live.copy_(tensor.base)
     draw_into(draws)

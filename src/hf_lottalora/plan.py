@@ -59,10 +59,12 @@ class PlannedTensor:
 
     @property
     def path(self) -> str:
+        """The tensor's path in the model."""
         return self.survey.path
 
     @property
     def name(self) -> str:
+        """The tensor's canonical name."""
         return self.survey.name
 
 
@@ -88,6 +90,7 @@ class PlannedAdapter:
 
     @property
     def numel(self) -> int:
+        """Parameters in A, B and beta."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
@@ -159,7 +162,7 @@ class Plan:
         return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
     def artifact_bytes(self, adapter_dtype: torch.dtype | None = None) -> int:
-        """Size of `adapter_model.safetensors` to within a few bytes: saved tensors in their dtypes, manifest, header."""
+        """Size of `adapter_model.safetensors`, to within a few bytes: saved tensors, manifest, header."""
         from .checkpoint import MANIFEST_KEY, expected_shapes, manifest, saved_key  # the file's layout is known there
 
         dtypes = {saved_key(path): tensor.survey.dtype for path, tensor in self.saved.items()}
@@ -316,9 +319,9 @@ def _plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> 
     adapters = []
     for module in survey.modules:
         whole = _under(module.path, extra) or (module.in_head and config.head != "lora")
-        if module.path in targets and not whole:
-            adapters.append(_adapter(module, config, "linear"))
-        elif module.in_head and config.head == "lora" and module.kind == "linear" and not whole:
+        if (module.path in targets and not whole) or (
+            module.in_head and config.head == "lora" and module.kind == "linear" and not whole
+        ):
             adapters.append(_adapter(module, config, "linear"))
     if not any(adapter.kind == "linear" for adapter in adapters):
         raise ValueError(
@@ -344,16 +347,15 @@ def _embedding_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]
             yield adapter
 
 
-def _adapter(
-    module: SurveyedModule, config: LottaLoraConfig, kind: Literal["linear", "embedding"]
-) -> PlannedAdapter:
+def _adapter(module: SurveyedModule, config: LottaLoraConfig, kind: Literal["linear", "embedding"]) -> PlannedAdapter:
     if module.kind != kind:
         hint = "pass embeddings='lora' instead" if module.kind == "embedding" else "leave it out of target_modules"
         raise ValueError(
-            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear and Conv1D; {hint}."
+            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear and Conv1D; "
+            f"{hint}."
         )
     pattern = get_pattern_key((config.rank_pattern or {}).keys(), module.path)
-    rank = (config.rank_pattern or {}).get(pattern, config.r)
+    rank: int = (config.rank_pattern or {}).get(pattern) or config.r
     return PlannedAdapter(module.path, kind, module.in_features, module.out_features, rank)
 
 

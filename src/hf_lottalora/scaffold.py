@@ -39,6 +39,7 @@ class ScaffoldTensor:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     def draw(
@@ -144,4 +145,3 @@ def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> s
         if expected[name] != found[name]:
             return f"{name!r} has digest {found[name]}, the artifact says {expected[name]}"
     return None
-

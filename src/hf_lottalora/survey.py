@@ -55,6 +55,7 @@ class SurveyedTensor:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -92,6 +93,7 @@ class Survey:
 
     @property
     def model_type(self) -> str | None:
+        """`config.model_type`, None for a plain `nn.Module`."""
         return getattr(self.architecture, "model_type", None)
 
 
@@ -252,10 +254,11 @@ def _fan_in(module: nn.Module, attribute: str, tensor: torch.Tensor) -> int:
 def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule]:
     seen: set[int] = set()
     for path, module in clean_modules(model):
-        if id(module) in seen or not isinstance(getattr(module, "weight", None), torch.Tensor):
+        weight = getattr(module, "weight", None)
+        if id(module) in seen or not isinstance(weight, torch.Tensor):
             continue
         seen.add(id(module))
-        shape = module.weight.shape
+        shape = weight.shape
         kind: Literal["linear", "embedding", "other"] = "other"
         sizes = (0, 0)
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:

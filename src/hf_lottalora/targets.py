@@ -5,6 +5,8 @@ from __future__ import annotations
 _QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _QKV_OUT = ["q_proj", "k_proj", "v_proj", "out_proj"]
 _BERT = ["query", "key", "value", "attention.output.dense"]
+_VISION = [*_BERT, *_QKVO]  # renamed from the first four to the last four in the course of transformers 5
+_T5 = ["q", "k", "v", "o"]
 
 # model_type -> module name suffixes. PEFT's own table stops at q and v, and lacks many of these architectures.
 ATTENTION_PROJECTIONS: dict[str, list[str]] = {
@@ -18,7 +20,7 @@ ATTENTION_PROJECTIONS: dict[str, list[str]] = {
     **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "camembert", "layoutlm"], _BERT),
     **dict.fromkeys(["bart", "mbart", "opt", "clip", "clip_text_model", "clip_vision_model", "whisper",
                      "wav2vec2", "hubert", "gpt_neo", "gptj", "marian", "pegasus", "m2m_100"], _QKV_OUT),
-    **dict.fromkeys(["t5", "mt5", "umt5"], ["q", "k", "v", "o"]),
+    **dict.fromkeys(["t5", "mt5", "umt5"], _T5),
     "albert": ["query", "key", "value", "attention.dense"],
     "bloom": ["query_key_value", "self_attention.dense"],
     "deberta": ["in_proj", "attention.output.dense"],
@@ -33,6 +35,5 @@ ATTENTION_PROJECTIONS: dict[str, list[str]] = {
     "mpt": ["Wqkv", "attn.out_proj"],
     "phi": ["q_proj", "k_proj", "v_proj", "self_attn.dense"],
     "phi3": ["qkv_proj", "o_proj"],
-    # Vision models were renamed from the first four to the last four in the course of transformers 5.
-    **dict.fromkeys(["deit", "dinov2", "swin", "swinv2", "vit"], [*_BERT, *_QKVO]),
+    **dict.fromkeys(["deit", "dinov2", "swin", "swinv2", "vit"], _VISION),
 }  # fmt: skip

@@ -38,7 +38,7 @@ class TrainedTensors(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapters = nn.ModuleDict()
+        self.adapters: dict[str, _Shelf] = nn.ModuleDict()  # type: ignore[assignment]
         self.originals = _Shelf()  # pretrained values, which cannot be drawn again
         self.planned: dict[str, dict[str, PlannedTensor]] = {}
         self.installed: str | None = None
