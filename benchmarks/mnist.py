@@ -241,6 +241,7 @@ def parse_args() -> argparse.Namespace:
     add("--epochs", type=int, default=20)
     add("--batch_size", type=int, default=128)
     add("--device", default="cpu")
+    add("--threads", type=int, default=1, help="of torch; one is best for networks this small (default: 1)")
     add("--quick", action="store_true", help="smoke run: 6,000 images, one epoch, one seed, not recorded")
     args = parser.parse_args()
     args.data_dir = args.data_dir or Path(os.environ.get("LOTTALORA_DATA") or "../shared/data")
@@ -251,6 +252,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         args.output = args.output or (Path(scratch) / "mnist.json" if args.quick else RESULTS)
         settings = {"epochs": args.epochs, "batch_size": args.batch_size, "quick": args.quick}

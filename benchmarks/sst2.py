@@ -5,8 +5,8 @@ training set, for three seeds, in each of these ways:
 
 - `full`: every weight is trained, from the architecture's own initialisation;
 - `lottalora`: the default `LottaLoraConfig` with r = 8;
-- `zero`: the same over a scaffold of zeros: frozen layers pass nothing on, the adapters are on their own. The pooler gets
-  an adapter too, since no signal would reach the classifier otherwise;
+- `zero`: the same over a scaffold of zeros: frozen layers pass nothing on, the adapters are on their own. The pooler
+  gets an adapter too, since no signal would reach the classifier otherwise;
 - `head`: the same scaffold as `lottalora`, but adapters and beta stay as they start: only embeddings, norms and head
   are trained.
 
@@ -226,14 +226,14 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, help=f"result file, also read to go on (default: {RESULTS.name})")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of scaffold and training (default: 0 1 2)")
-    add("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="tried for each method")
+    add("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="tried for each method")
     add("--rank", type=int, default=8, help="rank of the adapters (default: 8)")
     add("--epochs", type=float, default=1.0)
     add("--batch_size", type=int, default=64)
     add("--max_seq_length", type=int, default=64)
     add("--search_rows", type=int, default=0, help="training rows to choose by (default: all but 2,000)")
     add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="autocast or not")
-    add("--quick", action="store_true", help="smoke run: 512 rows, one seed, two rates, not recorded")
+    add("--quick", action="store_true", help="smoke run: 512 rows, one seed, two rates, not kept")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.learning_rates = args.seeds[:1], args.learning_rates[:2]

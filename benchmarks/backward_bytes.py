@@ -1,0 +1,118 @@
+"""Bytes that autograd keeps for backward: LottaLoRA over PEFT's LoRA, same ranks, targets and trained modules.
+
+Three models in one run: ours, PEFT's `LoraConfig`, and beta written the naive way (`beta * (W x) + ...`, which keeps
+W x). Every saved storage is counted once; parameters are not counted.
+
+    python benchmarks/backward_bytes.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
+from report import environment, write_json
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_lottalora import LottaLoraConfig
+
+TARGETS = {"all linear layers": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+def llama(dtype: torch.dtype) -> LlamaForCausalLM:
+    """12 layers, d = 768, MLP 2,048, vocabulary 32,000 tied."""
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=768,
+        intermediate_size=2_048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def saved_bytes(model: nn.Module, batch: torch.Tensor) -> int:
+    """Bytes kept for backward by one forward pass."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+    alive = []  # a freed storage's address could come back
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=batch, labels=batch)
+    return sum(storages.values())
+
+
+class NaiveBeta(nn.Module):
+    """PEFT's LoRA layer with beta as one would write it down."""
+
+    def __init__(self, layer: Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.beta = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        low_rank: torch.Tensor = B(A(x.to(A.weight.dtype))) * layer.scaling["default"]
+        return (self.beta * layer.base_layer(x) + low_rank).to(x.dtype)
+
+
+def build(kind: str, targets: Any, dtype: torch.dtype, trained: bool) -> nn.Module:
+    if kind == "lottalora":
+        state = "train" if trained else "frozen"
+        config = LottaLoraConfig(seed=42, r=8, target_modules=targets, embeddings=state, norms=state)
+        model = get_peft_model(llama(dtype), config)
+    else:
+        model = get_peft_model(llama(dtype), LoraConfig(r=8, target_modules=targets))
+        for name, parameter in model.named_parameters():
+            if trained and ("norm" in name or "embed_tokens" in name):
+                parameter.requires_grad_(True)
+        if kind == "naive beta":
+            for path, layer in list(model.named_modules()):
+                if isinstance(layer, Linear):
+                    parent, _, name = path.rpartition(".")
+                    setattr(model.get_submodule(parent), name, NaiveBeta(layer))
+    if not trained:
+        model.enable_input_require_grads()
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="benchmarks/results/backward_bytes.json", help="JSON file to write")
+    arguments = parser.parse_args()
+    batch = torch.randint(0, 32_000, (4, 128), generator=torch.Generator().manual_seed(0))
+    rows = []
+    print("| targets | dtype | embeddings, norms | LottaLoRA MiB | PEFT LoRA MiB | ratio | naive beta ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for label, targets in TARGETS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for trained in (False, True):
+                found = {
+                    kind: saved_bytes(build(kind, targets, dtype, trained), batch)
+                    for kind in ("lottalora", "peft lora", "naive beta")
+                }
+                ratio, naive = (found[kind] / found["peft lora"] for kind in ("lottalora", "naive beta"))
+                row = {"targets": label, "dtype": str(dtype).removeprefix("torch."), "trained": trained, **found}
+                rows.append({**row, "ratio": ratio, "naive_ratio": naive})
+                print(
+                    f"| {label} | {row['dtype']} | {'trained' if trained else 'frozen'} "
+                    f"| {found['lottalora'] / 2**20:.1f} | {found['peft lora'] / 2**20:.1f} | {ratio:.3f} | {naive:.3f} |"
+                )
+    write_json(arguments.output, {"environment": environment(), "batch": [4, 128], "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
