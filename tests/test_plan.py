@@ -7,9 +7,9 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from peft import get_peft_model
-from tiny import bert, config, gpt2, llama, mlp, vit
+from tiny import bert, config, gpt2, llama, mlp, t5, vit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from hf_lottalora import Plan, make_plan
 
@@ -82,7 +82,7 @@ def test_roles_of_a_bert() -> None:
 
 
 def test_roles_of_a_vit_with_bare_parameters() -> None:
-    for embeddings, role in (("train", "trained"), ("frozen", "scaffold"), ("lora", "trained")):
+    for embeddings, role in (("train", "trained"), ("frozen", "scaffold")):
         found = roles(make_plan(vit(), config(embeddings=embeddings)))
         assert found["vit.embeddings.cls_token"] == found["vit.embeddings.position_embeddings"] == role
         assert found["vit.embeddings.patch_embeddings.projection.weight"] == "scaffold"
@@ -95,7 +95,7 @@ def test_roles_of_a_vit_with_bare_parameters() -> None:
         ({"biases": "train"}, "bert.encoder.layer.0.output.dense.bias", "trained"),
         ({"embeddings": "frozen"}, "bert.embeddings.word_embeddings.weight", "scaffold"),
         ({"embeddings": "lora"}, "bert.embeddings.word_embeddings.weight", "scaffold"),
-        ({"embeddings": "lora"}, "bert.embeddings.token_type_embeddings.weight", "trained"),  # smaller than its adapter
+        ({"embeddings": "lora"}, "bert.embeddings.position_embeddings.weight", "trained"),
         ({"head": "lora"}, "classifier.weight", "scaffold"),
         ({"head": "lora"}, "classifier.bias", "kept"),
         ({"modules_to_save": ["pooler"]}, "bert.pooler.dense.weight", "trained"),
@@ -180,6 +180,8 @@ class WithQuantised(nn.Module):
         (llama, {"target_modules": ["embed_tokens"]}, "a Embedding. Adapters go on .* embeddings='lora'"),
         (vit, {"target_modules": ["projection"]}, "a Conv2d. Adapters go on nn.Linear and Conv1D"),
         (llama, {"head": "train", "embeddings": "frozen"}, r"tied .* head='train' and embeddings='frozen' disagree"),
+        (vit, {"embeddings": "lora", "target_modules": "all-linear"}, "names none. Pass embeddings='train' or"),
+        (t5, {"embeddings": "lora"}, r"looked up through several modules \(shared, encoder.embed_tokens, decoder"),
         (llama, {"head": "lora"}, "head='lora' and embeddings='train' disagree"),
         (
             llama,
@@ -209,6 +211,14 @@ def test_two_tensors_of_one_canonical_name_are_refused() -> None:
     model.pooler = model.bert.pooler.__class__(model.config)  # beside bert.pooler: the same name below the base
     with pytest.raises(ValueError, match=r"'bert.pooler.dense.weight'|would both be drawn under the canonical name"):
         make_plan(model, config())
+
+
+def test_lora_embeddings_adapt_the_token_embedding_alone() -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=4096))
+    plan = make_plan(model, config(embeddings="lora"))
+    assert roles(plan)["model.decoder.embed_positions.weight"] == "trained"
+    assert {a.path for a in plan.adapters if a.kind == "embedding"} == {"model.decoder.embed_tokens"}
 
 
 def test_the_plan_prints_sizes_and_shares() -> None:

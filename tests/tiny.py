@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -38,6 +40,10 @@ def bert(**changes: Any) -> BertForSequenceClassification:
 def gpt2(**changes: Any) -> GPT2LMHeadModel:
     sizes = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
     return GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 1, "eos_token_id": 1, **changes}))
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
 
 
 def vit() -> ViTForImageClassification:

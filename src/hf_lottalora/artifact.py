@@ -58,6 +58,8 @@ def check_artifact_files(
 ) -> None:
     """Check the weights that stand beside an `adapter_config.json`, reading their header and manifest only.
 
+    Leaves the shapes found there in the config: they are compared with the plan before a base model is touched.
+
     Raises:
         ValueError: no safetensors file, a pickled one instead, a truncated or foreign one, or one of another seed.
     """
@@ -71,7 +73,9 @@ def check_artifact_files(
         raise ValueError(f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; expected a folder made by save_pretrained.")
     try:
         with safe_open(weights, framework="pt") as file:
-            tensor = file.get_tensor(MANIFEST_KEY) if MANIFEST_KEY in file.keys() else None  # noqa: SIM118
+            keys = list(file.keys())
+            tensor = file.get_tensor(MANIFEST_KEY) if MANIFEST_KEY in keys else None
+            config._artifact_shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a readable safetensors file; it may be truncated ({error}).") from error
     content = read_manifest(tensor, weights)

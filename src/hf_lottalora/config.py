@@ -98,8 +98,9 @@ class LottaLoraConfig(LoraConfig):
     embeddings: Embeddings = field(
         default="train",
         metadata={
-            "help": "Token, position and type embeddings: 'train' whole (default, paper section 5), 'frozen' as "
-            "drawn, or 'lora' = frozen with an adapter. A tied head follows."
+            "help": "Token, position and type embeddings: 'train' whole (default, paper section 5), 'frozen' as drawn, "
+            "or 'lora' = the token embedding frozen with an adapter, the smaller tables trained whole. A tied head "
+            "follows."
         },
     )
     head: Head | None = field(
@@ -152,6 +153,7 @@ class LottaLoraConfig(LoraConfig):
         self.peft_type = PeftType.LOTTALORA  # type: ignore[attr-defined]
         # Set when the config is used and when its adapter's tensors are collected; read when it is saved.
         self._plan: Plan | None = None
+        self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
         self._saved_dtype: torch.dtype | None = None
         self._cast_buffers: dict[str, str] = {}
         self._check_format(from_file)

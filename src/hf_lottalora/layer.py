@@ -27,7 +27,8 @@ from .scaffold import ScaffoldTensor
 def _matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """What autocast would multiply in, else the input's own dtype: no cast that PEFT or torch would not need."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 class ScaledLinear(torch.autograd.Function):
@@ -120,7 +121,7 @@ class ScaledEmbedding(torch.autograd.Function):
 
 def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
     # A weight is cast only where autocast would cast it; otherwise a mismatch is the caller's error, as in nn.Linear.
-    weight = weight.to(dtype) if weight.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16) else weight
+    weight = weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) else weight
     return weight.t() if weight_is_IO else weight
 
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import MANIFEST_KEY, PREFIX, check_scaffold, check_state_dict, manifest, saved_key
+from .checkpoint import MANIFEST_KEY, PREFIX, check_scaffold, check_shapes, check_state_dict, manifest, saved_key
 from .config import LottaLoraConfig
 from .initialization import untouched_rng
 from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
@@ -79,6 +79,8 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         plan.kept_digests.update(self._kept_digests(model, plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, config.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
+        if config._artifact_shapes is not None:
+            check_shapes(plan, config._artifact_shapes, "The artifact")
 
         # From here on the model changes.
         if first:

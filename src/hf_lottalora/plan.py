@@ -328,23 +328,35 @@ def _plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> 
             f"target_modules={_shown(config.target_modules)} matches no linear layer of {survey.class_name} outside "
             f"what is trained as a whole. {_linear_layers(survey)}"
         )
-    if config.embeddings == "lora":
-        adapters += _embedding_adapters(survey, config, extra)
-    tied = {a.path for a in adapters if a.kind == "embedding"} & {survey.input_embeddings}
-    if tied and _tied_tensor(survey) is not None:
-        adapters = [a for a in adapters if a.path != survey.output_embeddings]
-        adapters.append(PlannedAdapter(str(survey.output_embeddings), "tied_head", 0, 0, config.r))
+    embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
+    if embedding is not None and not _under(embedding.path, extra):
+        adapters.append(embedding)
+        if _tied_tensor(survey) is not None:
+            adapters = [a for a in adapters if a.path != survey.output_embeddings]
+            adapters.append(PlannedAdapter(str(survey.output_embeddings), "tied_head", 0, 0, config.r))
     return adapters
 
 
-def _embedding_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> Iterator[PlannedAdapter]:
-    random = {t.path for t in survey.tensors if t.kind == "embedding" and t.init.random}
-    for module in survey.modules:
-        if module.kind != "embedding" or f"{module.path}.weight" not in random or _under(module.path, extra):
-            continue
-        adapter = _adapter(module, config, "embedding")
-        if adapter.numel < module.in_features * module.out_features:
-            yield adapter
+def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapter | None:
+    """The adapter of the token embedding, None where that is smaller than its adapter.
+
+    Other tables are not adapted: some architectures read a position table's weight past its module's forward.
+    """
+    module = next((m for m in survey.modules if m.path == survey.input_embeddings), None)
+    if module is None or module.kind != "embedding":
+        raise ValueError(
+            f"embeddings='lora' needs a token embedding that looks up ids, and {survey.class_name} names none. Pass "
+            "embeddings='train' or 'frozen'."
+        )
+    users = next(t.aliases for t in survey.tensors if f"{module.path}.weight" in t.aliases)
+    others = [m.path for m in survey.modules if m.kind == "embedding" and f"{m.path}.weight" in users]
+    if len(others) > 1:
+        raise ValueError(
+            f"embeddings='lora' is not supported for {survey.class_name}: its token embedding is looked up through "
+            f"several modules ({', '.join(others)}). Pass embeddings='train' or 'frozen'."
+        )
+    adapter = _adapter(module, config, "embedding")
+    return adapter if adapter.numel < module.in_features * module.out_features else None
 
 
 def _adapter(module: SurveyedModule, config: LottaLoraConfig, kind: Literal["linear", "embedding"]) -> PlannedAdapter:

@@ -94,23 +94,18 @@ def run_starts(numel: int) -> list[int]:
 
 
 def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | None = None) -> None:
-    """Draw each scaffold tensor into the tensor given for it, all of them in one parallel pass.
+    """Draw each scaffold tensor into the tensor given for it; those in CPU memory in one parallel pass.
 
-    A destination that is not contiguous CPU memory is drawn on the CPU and copied: the values are the same.
+    A destination elsewhere, or not contiguous, is drawn on the CPU and copied, one at a time: the values are the same.
     """
-    staged = {
-        scaffold: target.detach()
-        if target.device.type == "cpu" and target.is_contiguous()
-        else torch.empty(scaffold.shape, dtype=target.dtype)
-        for scaffold, target in targets.items()
-    }
-    draw_blocks((scaffold._job(tensor) for scaffold, tensor in staged.items()), threads)
-    for scaffold, tensor in staged.items():
+    direct = {s: t.detach() for s, t in targets.items() if t.device.type == "cpu" and t.is_contiguous()}
+    draw_blocks((scaffold._job(tensor) for scaffold, tensor in direct.items()), threads)
+    for scaffold, tensor in direct.items():
         if scaffold.zero_row is not None:
             tensor[scaffold.zero_row] = 0
-        target = targets[scaffold].detach()
-        if tensor.data_ptr() != target.data_ptr():
-            target.copy_(tensor)
+    for scaffold, target in targets.items():
+        if scaffold not in direct:
+            target.detach().copy_(scaffold.draw(target.dtype, threads=threads))
 
 
 def combined_digest(seed: int, digests: Mapping[str, str]) -> str:

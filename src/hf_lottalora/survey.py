@@ -265,9 +265,15 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
             kind, sizes = "linear", (shape[1], shape[0])
         elif isinstance(module, Conv1D):
             kind, sizes = "linear", (shape[0], shape[1])
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding) and _looks_up_ids(module):
             kind, sizes = "embedding", (shape[0], shape[1])
         yield SurveyedModule(path, kind, type(module).__name__, *sizes, in_head=in_head(f"{path}.weight"))
+
+
+def _looks_up_ids(module: nn.Embedding) -> bool:
+    # Some position tables take a mask and compute their own ids: an adapter beside them would see the mask. Those with
+    # an embed_scale only multiply.
+    return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
 
 
 def _initializer_range(config: Any) -> float:
