@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import bert, config, gpt2, ids, llama, mlp, perturb, vit
@@ -349,6 +350,20 @@ def test_a_checkpoint_of_another_model_is_refused(
 def test_an_artifact_over_another_architecture_is_refused(saved: tuple[PeftModel, Path]) -> None:
     with pytest.raises(ValueError, match=r"another backbone: 'layers.0.mlp.down_proj.weight' has digest"):
         PeftModel.from_pretrained(llama(intermediate_size=64), saved[1])
+
+
+def test_a_model_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        hollow = llama()
+    with pytest.raises(ValueError, match="inv_freq' is on the meta device.*include_buffers=False"):
+        get_peft_model(hollow, config())
+    with init_empty_weights(include_buffers=False):
+        empty = llama()
+    empty.tie_weights()
+    with pytest.raises(ValueError, match="is neither drawn nor saved.* or pass redraw='all'"):
+        get_peft_model(empty, config(redraw="none"))
+    drawn = get_peft_model(empty, config())
+    assert torch.equal(logits(drawn.eval()), logits(get_peft_model(llama(), config()).eval()))
 
 
 def test_a_plain_lora_adapter_is_not_taken_for_ours(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Train a Transformer from a random seed: a PEFT plugin for LottaLoRA (arXiv 2604.08749).
 
-Read it in this order: `draw` (numbers from a seed), `families`, `scaffold` (one drawn tensor), `layer` (the equation).
-Then the plumbing: `survey` and `plan` (roles of tensors), `model` (the PEFT tuner), `trained`, `checkpoint`,
-`artifact`, `auto`. Importing the package registers the method with PEFT.
+Read it in this order: `draw` (numbers from a seed), `families`, `scaffold` (one drawn tensor), `functional` and `layer`
+(the equation). Then the plumbing: `survey`, `plan` and `planner` (roles of tensors), `model` (the PEFT tuner),
+`trained`, `checkpoint`, `artifact`, `auto`. Importing the package registers the method with PEFT.
 """
 
 from ._registry import register as _register
@@ -23,7 +23,8 @@ from .distributed import RanksAgreeCallback, check_ranks_agree  # noqa: E402
 from .draw import FORMAT_VERSION  # noqa: E402
 from .families import FAMILIES, Family, get_family  # noqa: E402
 from .model import LottaLoraModel  # noqa: E402
-from .plan import Plan, make_plan  # noqa: E402
+from .plan import Plan  # noqa: E402
+from .planner import make_plan  # noqa: E402
 from .scaffold import ScaffoldTensor  # noqa: E402
 
 __all__ = [

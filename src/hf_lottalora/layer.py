@@ -2,9 +2,6 @@
 
 Shapes: x `(..., I)`, W `(O, I)` (nn.Linear) or `(I, O)` (Conv1D), A `(r, I)`, B `(O, r)`, beta `(1,)`.
 
-beta costs no memory: autograd would keep W x for its gradient, but d beta = <g, W x> = <W^T g, x>, and W^T g is
-needed for the input's gradient anyway, as x is for A's.
-
 With several active adapters each adds `(beta_i - 1) W x + s_i B_i A_i x` to the same W x; one gives the paper's
 equation exactly.
 """
@@ -21,108 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .functional import ScaledEmbedding, ScaledLinear, matmul_dtype
 from .scaffold import ScaffoldTensor
-
-
-def _matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """What autocast would multiply in, else the input's own dtype: no cast that PEFT or torch would not need."""
-    kind = x.device.type
-    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if cast else x.dtype
-
-
-class ScaledLinear(torch.autograd.Function):
-    """`beta * x W^T + scaling * (x A^T) B^T + bias`, keeping only x for backward. `A = B = None` leaves them out."""
-
-    @staticmethod
-    def forward(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        beta: torch.Tensor,
-        A: torch.Tensor | None,
-        B: torch.Tensor | None,
-        scaling: float,
-        weight_is_IO: bool,
-    ) -> torch.Tensor:
-        dtype = x.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            x_NI = x.reshape(-1, x.shape[-1])
-            y_NO = F.linear(x_NI, _as_OI(weight, weight_is_IO, dtype))
-            y_NO.mul_(beta)
-            if A is not None and B is not None:
-                y_NO.addmm_(F.linear(x_NI, A.to(dtype)), B.to(dtype).t(), alpha=scaling)
-            if bias is not None:
-                y_NO.add_(bias)
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        x, weight, bias, beta, A, B, scaling, weight_is_IO = inputs
-        ctx.save_for_backward(x, weight, beta, A, B)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.scaling, ctx.weight_is_IO = scaling, weight_is_IO
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, beta, A, B = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_beta, need_A, need_B = ctx.needs_input_grad[:6]
-        dx: Any = None
-        dweight = dbias = dbeta = dA = dB = None
-        dtype, scaling = x.dtype, ctx.scaling
-        with torch.autocast(x.device.type, enabled=False):
-            x_NI = x.reshape(-1, x.shape[-1])
-            g_NO = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            if need_x or need_beta:
-                dx = g_NO @ _as_OI(weight, ctx.weight_is_IO, dtype)  # W^T g, before beta
-            if need_beta:
-                exact = torch.promote_types(dtype, torch.float32)
-                dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
-            if need_x:
-                # In place, unless autograd records this backward for a second derivative.
-                dx = dx * beta.to(dtype) if torch.is_grad_enabled() else dx.mul_(beta)
-            if A is not None and B is not None:
-                gB_Nr = g_NO @ B.to(dtype)
-                if need_x:
-                    dx.addmm_(gB_Nr, A.to(dtype), alpha=scaling)
-                if need_A:
-                    dA = (scaling * (gB_Nr.t() @ x_NI)).to(A.dtype)
-                if need_B:
-                    dB = (scaling * (g_NO.t() @ F.linear(x_NI, A.to(dtype)))).to(B.dtype)
-            if need_weight:
-                dweight = (g_NO.t() @ x_NI * beta).to(weight.dtype)
-                dweight = dweight.t() if ctx.weight_is_IO else dweight
-            if need_bias:
-                dbias = g_NO.sum(0).to(ctx.bias_dtype)
-            dx = dx.view(x.shape) if need_x else None
-        return dx, dweight, dbias, dbeta, dA, dB, None, None
-
-
-class ScaledEmbedding(torch.autograd.Function):
-    """`beta * E(ids)` without keeping E(ids), which is looked up again for beta's gradient."""
-
-    @staticmethod
-    def forward(beta: torch.Tensor, ids: torch.Tensor, embed: nn.Module) -> torch.Tensor:
-        rows: torch.Tensor = embed(ids)
-        return rows * beta.to(rows.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        beta, ids, ctx.embed = inputs
-        ctx.save_for_backward(beta, ids)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        beta, ids = ctx.saved_tensors
-        exact = torch.promote_types(grad.dtype, torch.float32)
-        dbeta = (grad * ctx.embed(ids)).sum(dtype=exact)
-        return dbeta.to(beta.dtype).reshape(1), None, None
-
-
-def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
-    # A weight is cast only where autocast would cast it; otherwise a mismatch is the caller's error, as in nn.Linear.
-    weight = weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) else weight
-    return weight.t() if weight_is_IO else weight
 
 
 class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
@@ -262,7 +159,7 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
 
     def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         base = self.get_base_layer()
-        x = x.to(_matmul_dtype(x))
+        x = x.to(matmul_dtype(x))
         # Dropout acts on the adapter's input alone, so such an adapter takes its own way, as in PEFT.
         dropped = [name for name in adapters if self.training and not isinstance(self.lora_dropout[name], nn.Identity)]
         fused = [name for name in adapters if name not in dropped]
@@ -317,7 +214,7 @@ class TiedHead(nn.Module, BaseTunerLayer):
         if embedding.disable_adapters or embedding.merged or not adapters:
             result: torch.Tensor = self.base_layer(x)
             return result
-        x = x.to(_matmul_dtype(x))
+        x = x.to(matmul_dtype(x))
         beta, base = embedding._total_beta(adapters), self.base_layer
         # The embedding's row i is beta E[i] + s A[:, i]^T B^T: as a linear layer, its A and B change places.
         A = torch.cat([embedding._pair(name)[1].t() * embedding.scaling[name] for name in adapters])

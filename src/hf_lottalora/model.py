@@ -12,13 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_model import cast_buffers, check_loadable, materialise
 from .checkpoint import MANIFEST_KEY, PREFIX, check_scaffold, check_shapes, check_state_dict, manifest, saved_key
 from .config import LottaLoraConfig
 from .initialization import untouched_rng
 from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
-from .plan import Plan, plan_from_survey, warn_if_pretrained
-from .scaffold import ScaffoldTensor, draw_into, first_difference, run_starts, sampled_digest
-from .survey import Survey, clean_modules, owner_of, survey_model, with_model_dtypes
+from .plan import Plan
+from .planner import plan_from_survey, warn_if_pretrained
+from .scaffold import first_difference, run_starts, sampled_digest
+from .survey import Survey, owner_of, survey_model, with_model_dtypes
 from .trained import TrainedTensors
 
 
@@ -75,7 +77,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
         plan = plan_from_survey(survey, config)
         self._check_second(plan, config, adapter_name)
-        _check_loadable(model, plan)
+        check_loadable(model, plan)
         plan.kept_digests.update(self._kept_digests(model, plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, config.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
@@ -85,7 +87,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         # From here on the model changes.
         if first:
             warn_if_pretrained(plan, config.redraw)
-            _materialise(model, plan)
+            materialise(model, plan)
             self.survey = survey
         config._plan = plan
         if config.modules_to_save is not None:
@@ -242,7 +244,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         tuner, plan = _tuner_of(model), config._plan
         assert plan is not None
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
-        config._cast_buffers = _cast_buffers(tuner.model)
+        config._cast_buffers = cast_buffers(tuner.model)
         selected = {MANIFEST_KEY: manifest(plan)}
         for adapter in plan.adapters:
             for name in adapter.shapes:
@@ -344,45 +346,3 @@ def _tuner_of(model: nn.Module) -> LottaLoraModel:
     if not isinstance(tuner, LottaLoraModel):
         raise ValueError(f"Expected a PeftModel with a LottaLoRA adapter, got {type(model).__name__}.")
     return tuner
-
-
-def _cast_buffers(model: nn.Module) -> dict[str, str]:
-    """Unsaved buffers in half precision by clean path: rotary tables that `model.half()` has rounded."""
-    return {
-        f"{path}.{name}": str(buffer.dtype).removeprefix("torch.")
-        for path, module in clean_modules(model)
-        for name, buffer in module._buffers.items()
-        if name in module._non_persistent_buffers_set and buffer is not None
-        if buffer.dtype in (torch.float16, torch.bfloat16)
-    }
-
-
-def _check_loadable(model: nn.Module, plan: Plan) -> None:
-    for tensor in plan.tensors:
-        live = getattr(*owner_of(model, tensor.path))
-        if live.is_meta and tensor.base is None and not tensor.saved:
-            raise ValueError(
-                f"{tensor.path!r} is on the meta device and is neither drawn nor saved, so it has no value. Load the "
-                "base model's weights first, or pass redraw='all'."
-            )
-
-
-def _materialise(model: nn.Module, plan: Plan) -> None:
-    """Give every frozen tensor of the base model its value: the scaffold in one parallel pass, in place."""
-    draws = {}
-    for tensor in plan.tensors:
-        owner, attribute = owner_of(model, tensor.path)
-        live = getattr(owner, attribute)
-        if live.is_meta and tensor.role != "trained":
-            live = nn.Parameter(torch.empty(live.shape, dtype=live.dtype), requires_grad=False)
-            for alias in tensor.survey.aliases:
-                owner, attribute = owner_of(model, alias)
-                owner._parameters[attribute] = live
-        if tensor.role == "trained":
-            continue
-        if isinstance(tensor.base, ScaffoldTensor):
-            draws[tensor.base] = live
-        elif tensor.base is not None:
-            with torch.no_grad():
-                live.copy_(tensor.base)
-    draw_into(draws)

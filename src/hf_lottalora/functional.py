@@ -1,0 +1,116 @@
+"""The equation's arithmetic: `y = beta * (W x) + scaling * B A x + bias` with its gradients.
+
+beta costs no memory: autograd would keep W x for its gradient, but d beta = <g, W x> = <W^T g, x>, and W^T g is
+needed for the input's gradient anyway, as x is for A's. So x is all that is kept.
+
+Shape suffixes: N rows of the flattened input, I inputs, O outputs, r rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """What autocast would multiply in, else the input's own dtype: no cast that PEFT or torch would not need."""
+    kind = x.device.type
+    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
+
+
+class ScaledLinear(torch.autograd.Function):
+    """`beta * x W^T + scaling * (x A^T) B^T + bias`, keeping only x for backward. `A = B = None` leaves them out."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        beta: torch.Tensor,
+        A: torch.Tensor | None,
+        B: torch.Tensor | None,
+        scaling: float,
+        weight_is_IO: bool,
+    ) -> torch.Tensor:
+        dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            x_NI = x.reshape(-1, x.shape[-1])
+            y_NO = F.linear(x_NI, _as_OI(weight, weight_is_IO, dtype))
+            y_NO.mul_(beta)
+            if A is not None and B is not None:
+                y_NO.addmm_(F.linear(x_NI, A.to(dtype)), B.to(dtype).t(), alpha=scaling)
+            if bias is not None:
+                y_NO.add_(bias)
+        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, bias, beta, A, B, scaling, weight_is_IO = inputs
+        ctx.save_for_backward(x, weight, beta, A, B)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.scaling, ctx.weight_is_IO = scaling, weight_is_IO
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, beta, A, B = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_beta, need_A, need_B = ctx.needs_input_grad[:6]
+        dx: Any = None
+        dweight = dbias = dbeta = dA = dB = None
+        dtype, scaling = x.dtype, ctx.scaling
+        with torch.autocast(x.device.type, enabled=False):
+            x_NI = x.reshape(-1, x.shape[-1])
+            g_NO = grad.reshape(-1, grad.shape[-1]).to(dtype)
+            if need_x or need_beta:
+                dx = g_NO @ _as_OI(weight, ctx.weight_is_IO, dtype)  # W^T g, before beta
+            if need_beta:
+                exact = torch.promote_types(dtype, torch.float32)
+                dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
+            if need_x:
+                # In place, unless autograd records this backward for a second derivative.
+                dx = dx * beta.to(dtype) if torch.is_grad_enabled() else dx.mul_(beta)
+            if A is not None and B is not None:
+                gB_Nr = g_NO @ B.to(dtype)
+                if need_x:
+                    dx.addmm_(gB_Nr, A.to(dtype), alpha=scaling)
+                if need_A:
+                    dA = (scaling * (gB_Nr.t() @ x_NI)).to(A.dtype)
+                if need_B:
+                    dB = (scaling * (g_NO.t() @ F.linear(x_NI, A.to(dtype)))).to(B.dtype)
+            if need_weight:
+                dweight = (g_NO.t() @ x_NI * beta).to(weight.dtype)
+                dweight = dweight.t() if ctx.weight_is_IO else dweight
+            if need_bias:
+                dbias = g_NO.sum(0).to(ctx.bias_dtype)
+            dx = dx.view(x.shape) if need_x else None
+        return dx, dweight, dbias, dbeta, dA, dB, None, None
+
+
+class ScaledEmbedding(torch.autograd.Function):
+    """`beta * E(ids)` without keeping E(ids), which is looked up again for beta's gradient."""
+
+    @staticmethod
+    def forward(beta: torch.Tensor, ids: torch.Tensor, embed: nn.Module) -> torch.Tensor:
+        rows: torch.Tensor = embed(ids)
+        return rows * beta.to(rows.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        beta, ids, ctx.embed = inputs
+        ctx.save_for_backward(beta, ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        beta, ids = ctx.saved_tensors
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        dbeta = (grad * ctx.embed(ids)).sum(dtype=exact)
+        return dbeta.to(beta.dtype).reshape(1), None, None
+
+
+def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
+    # A weight is cast only where autocast would cast it; otherwise a mismatch is the caller's error, as in nn.Linear.
+    weight = weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) else weight
+    return weight.t() if weight_is_IO else weight

@@ -1,0 +1,278 @@
+"""Makes the plan: each tensor's one role, the adapters, and every check possible before the model is touched."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .plan import Plan, PlannedAdapter, PlannedTensor, Role
+from .scaffold import ScaffoldTensor
+from .survey import Survey, SurveyedModule, SurveyedTensor, survey_model
+from .targets import ATTENTION_PROJECTIONS
+
+if TYPE_CHECKING:
+    from .config import LottaLoraConfig
+
+# PEFT's task classes append these to modules_to_save whether the model has them or not.
+_PEFT_HEADS = {"classifier", "score", "qa_outputs"}
+
+
+def make_plan(model: nn.Module, config: LottaLoraConfig) -> Plan:
+    """What `get_peft_model(model, config)` would do, without doing it.
+
+    Raises:
+        ValueError: a combination that cannot work; see `plan_from_survey`.
+
+    Example:
+        >>> import torch
+        >>> from hf_lottalora import LottaLoraConfig, make_plan
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> config = LottaLoraConfig(seed=42, r=2, target_modules=["0"], modules_to_save=["2"])
+        >>> make_plan(model, config).adapter_parameters
+        65
+    """
+    return plan_from_survey(survey_model(model), config)
+
+
+def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
+    """Give each tensor its one role.
+
+    Raises:
+        ValueError: no module matches the targets, a target is of an unsupported type, options disagree on a tied
+            tensor, a name in `modules_to_save` is not there, or the weights are quantised.
+    """
+    extra = _modules_to_save(survey, config)
+    _check_tied_options(survey, config, extra)
+    adapters = _plan_adapters(survey, config, extra)
+    adapted = {adapter.path for adapter in adapters if adapter.kind != "tied_head"}
+    tensors = tuple(_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors)
+    return Plan(survey, tensors, tuple(adapters), int(config.seed or 0), config.train_beta)
+
+
+def _plan_tensor(
+    tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig, extra: set[str], adapted: set[str]
+) -> PlannedTensor:
+    owner = tensor.path.rpartition(".")[0]
+    role = _role(tensor, config, owner, extra, adapted)
+    if role == "scaffold":
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{tensor.path!r} has dtype {tensor.dtype}: a quantised weight cannot be drawn over. Load the model "
+                "without quantisation (a scaffold needs no stored weights), or pass redraw='none'."
+            )
+        spec = _scaffold_spec(tensor, survey, config)
+        return PlannedTensor(tensor, role, spec, None, saved=False)
+    base = _own_init(tensor, survey, config.seed or 0) if config.redraw == "all" else None
+    start = _own_init(tensor, survey, config.effective_adapter_seed) if config.redraw == "all" else None
+    saved = role == "trained" or config.redraw == "all" or config.save_kept
+    return PlannedTensor(tensor, role, base, start, saved)
+
+
+def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: set[str], adapted: set[str]) -> Role:
+    if tensor.kind == "buffer":
+        return "kept"
+    if _under(tensor.path, extra) or any(_under(alias, extra) for alias in tensor.aliases):
+        return "trained"
+    drawn: Role = "scaffold"
+    if config.redraw == "none" or (config.redraw == "targets" and owner not in adapted):
+        drawn = "kept"
+    if tensor.kind == "embedding" or (tensor.kind == "parameter" and not tensor.in_head):
+        if not tensor.init.random:
+            return "kept"
+        if config.embeddings == "train" or (config.embeddings == "lora" and owner not in adapted):
+            return "trained"  # too small for an adapter, or not a module that can carry one
+        return drawn if config.redraw != "targets" else "kept"
+    if tensor.in_head and config.head != "lora":
+        return "trained"
+    if tensor.kind == "norm":
+        return "trained" if config.norms == "train" else "kept"
+    if tensor.kind == "bias":
+        return "trained" if config.biases == "train" else "kept"
+    if tensor.kind == "parameter":
+        return "trained" if tensor.init.random else "kept"
+    # A matrix. One that the architecture itself sets to a constant means something and is left alone.
+    return drawn if tensor.init.random else "kept"
+
+
+def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig) -> ScaffoldTensor:
+    if tensor.kind != "matrix" or config.scale == "initializer_range":
+        scale = survey.initializer_range
+        if scale is None:
+            raise ValueError(
+                f"A plain nn.Module has no initializer_range to scale {tensor.path!r} by. Pass scale='fan_in' or a "
+                "number, and embeddings='train'."
+            )
+    else:
+        scale = 1 / math.sqrt(tensor.fan_in) if config.scale == "fan_in" else float(config.scale)
+    return ScaffoldTensor(
+        tensor.name, tensor.shape, int(config.seed or 0), config.family, scale, zero_row=tensor.zero_row
+    )
+
+
+def _own_init(tensor: SurveyedTensor, survey: Survey, seed: int) -> ScaffoldTensor | torch.Tensor | None:
+    """The architecture's own start: its constant, or for what it makes random our stream in its size."""
+    if not tensor.init.random:
+        return tensor.init.value
+    if survey.initializer_range is not None:
+        if tensor.kind == "bias":  # random biases are special (Mamba's time step): as the architecture makes them
+            return tensor.init.value
+        return ScaffoldTensor(tensor.name, tensor.shape, seed, "normal", survey.initializer_range, tensor.zero_row)
+    if tensor.kind == "embedding":  # torch's own init of nn.Embedding is N(0, 1)
+        return ScaffoldTensor(tensor.name, tensor.shape, seed, "normal", 1.0, tensor.zero_row)
+    if tensor.kind in ("matrix", "bias") and tensor.fan_in:  # torch's own is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+        return ScaffoldTensor(tensor.name, tensor.shape, seed, "uniform", 1 / math.sqrt(3 * tensor.fan_in))
+    return tensor.init.value
+
+
+def _plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> list[PlannedAdapter]:
+    targets = _target_names(survey, config)
+    adapters = []
+    for module in survey.modules:
+        whole = _under(module.path, extra) or (module.in_head and config.head != "lora")
+        if (module.path in targets and not whole) or (
+            module.in_head and config.head == "lora" and module.kind == "linear" and not whole
+        ):
+            adapters.append(_adapter(module, config, "linear"))
+    if not any(adapter.kind == "linear" for adapter in adapters):
+        raise ValueError(
+            f"target_modules={_shown(config.target_modules)} matches no linear layer of {survey.class_name} outside "
+            f"what is trained as a whole. {_linear_layers(survey)}"
+        )
+    embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
+    if embedding is not None and not _under(embedding.path, extra):
+        adapters.append(embedding)
+        if _tied_tensor(survey) is not None:
+            adapters = [a for a in adapters if a.path != survey.output_embeddings]
+            adapters.append(PlannedAdapter(str(survey.output_embeddings), "tied_head", 0, 0, config.r))
+    return adapters
+
+
+def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapter | None:
+    """The adapter of the token embedding, None where that is smaller than its adapter.
+
+    Other tables are not adapted: some architectures read a position table's weight past its module's forward.
+    """
+    module = next((m for m in survey.modules if m.path == survey.input_embeddings), None)
+    if module is None or module.kind != "embedding":
+        raise ValueError(
+            f"embeddings='lora' needs a token embedding that looks up ids, and {survey.class_name} names none. Pass "
+            "embeddings='train' or 'frozen'."
+        )
+    users = next(t.aliases for t in survey.tensors if f"{module.path}.weight" in t.aliases)
+    others = [m.path for m in survey.modules if m.kind == "embedding" and f"{m.path}.weight" in users]
+    if len(others) > 1:
+        raise ValueError(
+            f"embeddings='lora' is not supported for {survey.class_name}: its token embedding is looked up through "
+            f"several modules ({', '.join(others)}). Pass embeddings='train' or 'frozen'."
+        )
+    adapter = _adapter(module, config, "embedding")
+    return adapter if adapter.numel < module.in_features * module.out_features else None
+
+
+def _adapter(module: SurveyedModule, config: LottaLoraConfig, kind: Literal["linear", "embedding"]) -> PlannedAdapter:
+    if module.kind != kind:
+        hint = "pass embeddings='lora' instead" if module.kind == "embedding" else "leave it out of target_modules"
+        raise ValueError(
+            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear and Conv1D; "
+            f"{hint}."
+        )
+    pattern = get_pattern_key((config.rank_pattern or {}).keys(), module.path)
+    rank: int = (config.rank_pattern or {}).get(pattern) or config.r
+    return PlannedAdapter(module.path, kind, module.in_features, module.out_features, rank)
+
+
+def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
+    """Paths of the modules that `config.target_modules` means, by PEFT's matching rules."""
+    if config.target_modules is None:
+        names = ATTENTION_PROJECTIONS.get(survey.model_type or "")
+        if names is None:
+            what = f"model type {survey.model_type!r}" if survey.model_type else "a plain nn.Module"
+            raise ValueError(f"There are no default target_modules for {what}. {_linear_layers(survey)}")
+        config.target_modules = set(names)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        excluded = [] if isinstance(config.exclude_modules, str) else config.exclude_modules or []
+        return {
+            m.path
+            for m in survey.modules
+            if m.kind == "linear"
+            and not m.in_head
+            and not any(m.path == e or m.path.endswith(f".{e}") for e in excluded)
+            and not (isinstance(config.exclude_modules, str) and re.fullmatch(config.exclude_modules, m.path))
+        }
+    return {m.path for m in survey.modules if check_target_module_exists(config, m.path)}
+
+
+def _modules_to_save(survey: Survey, config: LottaLoraConfig) -> set[str]:
+    """Paths of the modules that `config.modules_to_save` means: a full path, or its end."""
+    found = set()
+    paths = {parent for t in survey.tensors for alias in t.aliases for parent in _parents(alias)}
+    for name in dict.fromkeys(config.modules_to_save or []):
+        matches = {path for path in paths if path == name or path.endswith(f".{name}")}
+        if not matches and name not in _PEFT_HEADS:
+            raise ValueError(
+                f"modules_to_save names {name!r}, but {survey.class_name} has no such module with parameters."
+            )
+        found |= matches
+    return found
+
+
+def _check_tied_options(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> None:
+    tied = _tied_tensor(survey)
+    if tied is None:
+        return
+    if any(_under(alias, extra) for alias in tied.aliases) and config.embeddings != "train":
+        raise ValueError(
+            f"modules_to_save trains {tied.path!r}, which is tied to {list(tied.aliases)}, but embeddings="
+            f"{config.embeddings!r} says otherwise. Drop one of the two."
+        )
+    if config.head is not None and config.head != config.embeddings:
+        raise ValueError(
+            f"The head of {survey.class_name} is tied to its input embeddings ({', '.join(tied.aliases)}), but head="
+            f"{config.head!r} and embeddings={config.embeddings!r} disagree. Leave head=None, it follows embeddings."
+        )
+
+
+def _tied_tensor(survey: Survey) -> SurveyedTensor | None:
+    """The input embedding's tensor, where the head uses it too."""
+    return next((t for t in survey.tensors if t.tied_head and t.path == f"{survey.input_embeddings}.weight"), None)
+
+
+def _linear_layers(survey: Survey) -> str:
+    names: Mapping[str, None] = dict.fromkeys(
+        re.sub(r"(^|\.)\d+(?=\.)", r"\1*", module.path) for module in survey.modules if module.kind == "linear"
+    )
+    return f"Pass target_modules; its linear layers are: {', '.join(names) or 'none'}."
+
+
+def _shown(targets: Iterable[str] | None) -> Any:
+    return sorted(targets) if isinstance(targets, (set, list)) else targets
+
+
+def _parents(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _under(path: str, modules: set[str]) -> bool:
+    return path in modules or any(parent in modules for parent in _parents(path))
+
+
+def warn_if_pretrained(plan: Plan, redraw: str) -> None:
+    """Say once that weights somebody loaded are about to be drawn over."""
+    if plan.survey.pretrained_from and redraw != "none" and plan.scaffold:
+        warnings.warn(
+            f"redraw={redraw!r} draws over weights that were loaded from {plan.survey.pretrained_from!r}: "
+            f"{len(plan.scaffold)} tensors become random. Pass redraw='targets' to replace only the adapted layers, "
+            "or redraw='none' to keep them all; to train from a seed, AutoModel.from_config loads nothing.",
+            UserWarning,
+            stacklevel=2,
+        )
