@@ -403,6 +403,17 @@ def test_no_scaffold_weight_is_ever_saved(tmp_path: Path) -> None:
         assert live
 
 
+def test_a_model_that_was_resized_later_is_refused_before_anything_is_overwritten(
+    saved: tuple[PeftModel, Path],
+) -> None:
+    model, folder = saved
+    before = (folder / WEIGHTS).read_bytes()
+    model.resize_token_embeddings(120)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight' with shape \(120, 32\).* before get_peft_model"):
+        model.save_pretrained(folder)
+    assert (folder / WEIGHTS).read_bytes() == before
+
+
 def test_config_reuse(tmp_path: Path) -> None:
     settings = config(task_type="SEQ_CLS")
     first = get_peft_model(bert(), settings)

@@ -101,7 +101,7 @@ def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str], dtype:
     if weights.is_file():
         with safe_open(weights, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        check_shapes(plan, shapes, str(weights))
+        check_shapes(plan, shapes, str(weights), "Something else was saved along with the adapter.")
     elif (folder / WEIGHTS_NAME).is_file():
         raise ValueError(f"{folder} was saved with safe_serialization=False; LottaLoRA artifacts are safetensors only.")
     architecture = plan.survey.architecture

@@ -108,11 +108,17 @@ def check_state_dict(plan: Plan, state_dict: Mapping[str, torch.Tensor], where: 
     """
     content = read_manifest(state_dict.get(MANIFEST_KEY), where)
     check_scaffold(plan, content["seed"], content["scaffold"], content.get("kept", {}), where)
-    check_shapes(plan, {key: tuple(value.shape) for key, value in state_dict.items()}, where)
+    check_shapes(plan, {key: tuple(value.shape) for key, value in state_dict.items()}, where, "Nothing was loaded.")
 
 
-def check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str, advice: str) -> None:
     """Compare the keys and shapes of an adapter file with the plan's; the manifest's shape is free.
+
+    Args:
+        plan: what is expected.
+        found: shapes by key.
+        where: what was looked at, the subject of the error's sentence.
+        advice: how the error ends.
 
     Raises:
         ValueError: the first key that is missing, foreign or of another shape.
@@ -120,12 +126,8 @@ def check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str) -
     expected = expected_shapes(plan)
     for key in sorted(expected.keys() | found.keys() - {MANIFEST_KEY}):
         if key not in found:
-            raise ValueError(f"{where} lacks {key!r}, expected with shape {expected[key]}. Nothing was loaded.")
+            raise ValueError(f"{where} lacks {key!r}, expected with shape {expected[key]}. {advice}")
         if key not in expected:
-            raise ValueError(
-                f"{where} has the foreign key {key!r}, which this model does not save. Nothing was loaded."
-            )
+            raise ValueError(f"{where} has the foreign key {key!r}, which this model does not save. {advice}")
         if tuple(found[key]) != expected[key]:
-            raise ValueError(
-                f"{where} has {key!r} with shape {tuple(found[key])}, expected {expected[key]}. Nothing was loaded."
-            )
+            raise ValueError(f"{where} has {key!r} with shape {tuple(found[key])}, expected {expected[key]}. {advice}")

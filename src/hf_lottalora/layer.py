@@ -146,6 +146,9 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             return result
         return self._adapted(x, active)
 
+    def __repr__(self) -> str:
+        return f"lottalora.{nn.Module.__repr__(self)}"  # type: ignore[arg-type]
+
     @property
     def _weight_is_IO(self) -> bool:
         return isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))

@@ -82,7 +82,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         if config.scaffold_digests is not None:
             check_scaffold(plan, config.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
         if config._artifact_shapes is not None:
-            check_shapes(plan, config._artifact_shapes, "The artifact")
+            check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")
 
         # From here on the model changes.
         if first:
@@ -256,6 +256,10 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         for path in plan.saved:
             live = shelved.get(path)
             selected[saved_key(path)] = state_dict[PREFIX + tuner._live_path(path)] if live is None else live
+        shapes = {
+            cls._remove_adapter_name_from_key(key, adapter_name): tuple(value.shape) for key, value in selected.items()
+        }
+        check_shapes(plan, shapes, "The model", "Change a model (its vocabulary, say) before get_peft_model.")
         return selected
 
     def _live_path(self, path: str) -> str:
