@@ -70,7 +70,10 @@ def check_artifact_files(
                 f"{path} has its weights in {WEIGHTS_NAME}, a pickle, which can run code when it is read. LottaLoRA "
                 f"reads {SAFETENSORS_WEIGHTS_NAME} only; save the adapter again with safe_serialization=True."
             )
-        raise ValueError(f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; expected a folder made by save_pretrained.")
+        raise ValueError(
+            f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; expected a folder made by save_pretrained. To read a config alone, "
+            "use peft.PeftConfig.from_pretrained."
+        )
     try:
         with safe_open(weights, framework="pt") as file:
             keys = list(file.keys())
