@@ -5,19 +5,20 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-# Data sets of the slow benchmarks; the tests, the demo and the examples need none.
-export LOTTALORA_DATA ?= ../shared/data
-# Nothing here downloads models or data, and the networks are too small for more threads to pay off.
-export HF_HUB_OFFLINE = 1
-export TOKENIZERS_PARALLELISM = false
-export OMP_NUM_THREADS ?= 2
-export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Data sets that the benchmarks and the tests of examples/train_glue.py read.
+export LOTTALORA_DATA ?= $(abspath $(wildcard ../shared/data))
 
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 OLDEST_VENV = .venv-oldest
+PYTEST = -m pytest -m "not slow" $(PYTEST_ARGS)
 
-.DEFAULT_GOAL := help
+# Small networks: more threads do not pay off, and waiting threads should sleep when the machine is busy.
+demo test test-oldest: export OMP_NUM_THREADS ?= 2
+demo test test-oldest: export OMP_WAIT_POLICY ?= passive
+demo test test-oldest: export TOKENIZERS_PARALLELISM = false
+demo test test-oldest: export HF_HUB_OFFLINE = 1
+
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help install test test-oldest lint format demo check reproduce clean
@@ -29,7 +30,7 @@ install: $(STAMP) ## make .venv with the tested versions; the other targets do i
 
 # Installs again only when a version changed. torch goes first and alone, so that a build of your choice (CPU, CUDA)
 # can be put into the environment before the rest; it is then left as it is.
-%/.installed: constraints.txt constraints-oldest.txt pyproject.toml
+%/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  "hf-lottalora needs Python 3.11 or newer, but $(PYTHON) is %d.%d. Try: make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(@D)
@@ -37,14 +38,17 @@ install: $(STAMP) ## make .venv with the tested versions; the other targets do i
 	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
+$(STAMP): constraints.txt
 $(STAMP): CONSTRAINTS = constraints.txt
+$(OLDEST_VENV)/.installed: constraints-oldest.txt
 $(OLDEST_VENV)/.installed: CONSTRAINTS = constraints-oldest.txt
 
 test: $(STAMP) ## run the tests, for example: make test PYTEST_ARGS="-k beta -x"
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) $(PYTEST)
 
+# Warnings are no errors here: libraries of different years warn about each other.
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported versions
-	$(MAKE) test VENV=$(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python $(PYTEST) -W default
 
 lint: $(STAMP) ## ruff and mypy
 	$(PY) -m ruff check .
@@ -60,10 +64,13 @@ demo: $(STAMP) ## train digits from a seed, save the artifact, rebuild it in a n
 
 check: lint demo test-oldest test ## everything that CI runs
 
-reproduce: $(STAMP) ## figures of the paper, slow; needs the data sets in $LOTTALORA_DATA
-	$(PY) benchmarks/mnist.py
+reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DATA
+	$(PY) benchmarks/mnist.py --preset medium --r 1 2 4 8 16 32
+	$(PY) benchmarks/mnist.py --preset medium --r 1 2 4 8 --methods zero --alpha r
 	$(PY) benchmarks/sst2.py
-	$(PY) -m pytest -m slow
+	$(PY) benchmarks/paper_sizes.py
+	$(PY) benchmarks/backward_bytes.py
+	$(PY) benchmarks/draw.py
 
 clean: ## remove the environments, caches and outputs
 	rm -rf .venv $(OLDEST_VENV) build dist out src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,10 +5,13 @@ training set, for three seeds, in each of these ways:
 
 - `full`: every weight is trained, from the architecture's own initialisation;
 - `lottalora`: the default `LottaLoraConfig` with r = 8;
-- `zero`: the same over a scaffold of zeros: frozen layers pass nothing on, the adapters are on their own. The pooler
-  gets an adapter too, since no signal would reach the classifier otherwise;
+- `zero`: the same over a scaffold of zeros: frozen layers pass nothing on, the adapters are on their own. Two things
+  are changed in its favour, since it would not learn at all otherwise: the pooler gets an adapter, and both A and B
+  start random (with W = 0 and B = 0, value and output projection multiply to zero and so do their gradients);
 - `head`: the same scaffold as `lottalora`, but adapters and beta stay as they start: only embeddings, norms and head
-  are trained.
+  are trained;
+- `lottalora-frozen`, `head-frozen`: the same two with embeddings frozen as they are drawn. Embeddings are most of so
+  small a network, and a bag of words goes a long way on SST-2: this is what adapters do without them.
 
 The same learning rates are tried for each, on training rows alone: 2,000 of them are set aside to choose by. The
 validation set is used once per final run. Settings are otherwise equal: AdamW, weight decay 0.01, cosine after 6 %
@@ -58,6 +61,8 @@ METHODS = {
     "lottalora": "drawn scaffold, r = {rank} adapters",
     "zero": "zero scaffold, r = {rank} adapters",
     "head": "drawn scaffold, adapters not trained",
+    "lottalora-frozen": "`lottalora`, embeddings frozen",
+    "head-frozen": "`head`, embeddings frozen",
 }
 ARCHITECTURE = {
     "hidden_size": 256,
@@ -66,7 +71,11 @@ ARCHITECTURE = {
     "intermediate_size": 1024,
     "max_position_embeddings": 64,
 }
-WITH_POOLER = ["query", "key", "value", "attention.output.dense", "pooler.dense"]
+ZERO = {
+    "family": "zero",
+    "init_lora_weights": False,
+    "target_modules": ["query", "key", "value", "attention.output.dense", "pooler.dense"],
+}
 DEV_ROWS = 2000
 RESULTS = Path(__file__).parent / "results" / "sst2.json"
 
@@ -118,10 +127,11 @@ def build_model(method: str, seed: int, rank: int, vocab_size: int) -> nn.Module
     model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=vocab_size, **ARCHITECTURE))
     if method == "full":
         return model
-    options: dict[str, Any] = {"family": "zero", "target_modules": WITH_POOLER} if method == "zero" else {}
+    kind, _, frozen = method.partition("-")
+    options = {**(ZERO if kind == "zero" else {}), "embeddings": "frozen" if frozen else "train"}
     config = hf_lottalora.LottaLoraConfig(seed=seed, r=rank, task_type="SEQ_CLS", **options)
     model = get_peft_model(model, config)
-    if method == "head":
+    if kind == "head":
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(False)

@@ -1,18 +1,17 @@
-"""Data and metrics of `train_glue.py`: the GLUE tasks, or your own csv, json or parquet files."""
+"""Data of `train_glue.py`: a GLUE task, or your own csv, json or parquet files."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import f1_score, matthews_corrcoef
+from glue_tasks import PAIR, TASKS, Task, accuracy, mean_squared_error
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 
@@ -20,54 +19,12 @@ class UsageError(ValueError):
     """Something in the arguments or the data that the user can put right. Nothing has been trained or written."""
 
 
-def accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {"accuracy": float((predictions == labels).mean())}
-
-
-def accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {**accuracy(predictions, labels), "f1": float(f1_score(y_true=labels, y_pred=predictions))}
-
-
-def matthews(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
-
-
-def correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {
-        "pearson": float(pearsonr(predictions, labels)[0]),
-        "spearmanr": float(spearmanr(predictions, labels)[0]),
-    }
-
-
-def mean_squared_error(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {"mse": float(((predictions - labels) ** 2).mean())}
-
-
-class Task(NamedTuple):
-    """The text columns of a GLUE task, its label names (None: a real number) and its metrics."""
-
-    columns: tuple[str, ...]
-    labels: tuple[str, ...] | None
-    metric: Callable[[np.ndarray, np.ndarray], dict[str, float]] = accuracy
-
-
-ENTAILMENT = ("entailment", "not_entailment")
-PAIR = ("sentence1", "sentence2")
-TASKS = {
-    "cola": Task(("sentence",), ("unacceptable", "acceptable"), matthews),
-    "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
-    "mrpc": Task(PAIR, ("not_equivalent", "equivalent"), accuracy_and_f1),
-    "qnli": Task(("question", "sentence"), ENTAILMENT),
-    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), accuracy_and_f1),
-    "rte": Task(PAIR, ENTAILMENT),
-    "sst2": Task(("sentence",), ("negative", "positive")),
-    "stsb": Task(PAIR, None, correlations),
-    "wnli": Task(PAIR, ("not_entailment", "entailment")),
-}
 READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-_CLASS_KINDS = ("int", "uint", "string", "large_string", "bool")
+# Names of column types, or their beginnings.
+_TEXT_KINDS = ("string", "large_string")
+_CLASS_KINDS = (*_TEXT_KINDS, "int", "uint", "bool")
 
 
 @dataclass
@@ -204,9 +161,7 @@ def load_text_data(args: DataArguments, cache_dir: str | None = None) -> TextDat
     task = TASKS[args.task_name] if args.task_name else None
     columns = task.columns if task else _text_columns(sets["train"])
     for split, rows in sets.items():
-        missing = [name for name in (*columns, "label") if name not in rows.column_names]
-        if missing:
-            raise UsageError(f"{split}: column {missing[0]!r} expected, found {', '.join(rows.column_names)}.")
+        _check_columns(rows, split, columns)
     classes = _task_classes(task) if task else _own_classes(sets["train"])
     for split, rows in sets.items():
         rows = rows.remove_columns([name for name in rows.column_names if name not in (*columns, "label")])
@@ -218,20 +173,34 @@ def load_text_data(args: DataArguments, cache_dir: str | None = None) -> TextDat
 
 def _read(file: str, cache_dir: str | None) -> Dataset:
     try:
-        rows = load_dataset(READERS[Path(file).suffix], data_files=file, split="train", cache_dir=cache_dir)
+        return load_dataset(READERS[Path(file).suffix], data_files=file, split="train", cache_dir=cache_dir)
     except Exception as error:  # pyarrow, pandas and json raise errors of their own kinds
-        raise UsageError(f"{file}: cannot be read: {error.__cause__ or error}") from error
-    if not len(rows):
-        raise UsageError(f"{file}: has no rows.")
-    return rows
+        raise UsageError(f"{file}: cannot be read, or has no rows: {error.__cause__ or error}") from error
+
+
+def _kind(rows: Dataset, column: str) -> str:
+    return str(getattr(rows.features[column], "dtype", rows.features[column]))
+
+
+def _check_columns(rows: Dataset, split: str, texts: tuple[str, ...]) -> None:
+    for name in (*texts, "label"):
+        if name not in rows.column_names:
+            raise UsageError(f"{split}: column {name!r} expected, found {', '.join(rows.column_names)}.")
+    for name in texts:
+        if _kind(rows, name) not in _TEXT_KINDS:
+            raise UsageError(f"{split}: column {name!r}: text expected, found {_kind(rows, name)}.")
+    for name in (*texts, "label"):
+        values = rows[name][:]
+        if None in values:
+            raise UsageError(
+                f"{split}: column {name!r}: a value in each row expected, found none in row {values.index(None)}."
+            )
 
 
 def _text_columns(rows: Dataset) -> tuple[str, ...]:
     if set(PAIR) <= set(rows.column_names):
         return PAIR
-    texts = [
-        n for n, f in rows.features.items() if n != "label" and getattr(f, "dtype", "") in ("string", "large_string")
-    ]
+    texts = [name for name in rows.column_names if name != "label" and _kind(rows, name) in _TEXT_KINDS]
     if not 1 <= len(texts) <= 2:
         raise UsageError(
             f"Text columns 'sentence1' and 'sentence2', or one or two of any name, expected; found {texts or 'none'}."
@@ -254,15 +223,13 @@ def _by_number_or_name(names: Sequence[str]) -> _Classes:
 
 def _own_classes(train: Dataset) -> _Classes | None:
     """The labels that the training set has, sorted; None if they are floats, which means regression."""
-    kind = train.features["label"]
-    if isinstance(kind, ClassLabel):
-        return _by_number_or_name(kind.names)
-    found = str(getattr(kind, "dtype", kind))
-    if found.startswith("float"):
+    if isinstance(train.features["label"], ClassLabel):
+        return _by_number_or_name(train.features["label"].names)
+    if _kind(train, "label").startswith("float"):
         return None
-    if not found.startswith(_CLASS_KINDS):
-        raise UsageError(f"train: column 'label': integers, strings or floats expected, found {found}.")
-    names = [str(value) for value in sorted(set(train["label"]) - {None})]
+    if not _kind(train, "label").startswith(_CLASS_KINDS):
+        raise UsageError(f"train: column 'label': integers, strings or floats expected, found {_kind(train, 'label')}.")
+    names = [str(value) for value in sorted(set(train["label"]))]
     if len(names) < 2:
         raise UsageError(f"train: column 'label': two or more classes expected, found {names}.")
     return _Classes(names, {name: number for number, name in enumerate(names)})
@@ -271,10 +238,8 @@ def _own_classes(train: Dataset) -> _Classes | None:
 def _with_label_numbers(rows: Dataset, split: str, classes: _Classes | None) -> Dataset:
     """`rows` with class numbers or floats as labels, whatever they were written as."""
     where = f"{split}: column 'label'"
-    kind = str(getattr(rows.features["label"], "dtype", rows.features["label"]))
+    kind = _kind(rows, "label")
     values = rows["label"][:]
-    if None in values:
-        raise UsageError(f"{where}: a label in each row expected, found none in row {values.index(None)}.")
     if classes is None:
         if not kind.startswith(("float", "int")):
             raise UsageError(f"{where}: numbers expected, found {kind}, such as {values[0]!r}.")

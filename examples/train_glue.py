@@ -121,7 +121,12 @@ class LottaLoraArguments:
         )
 
 
-def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+def check_arguments(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    lottalora_args: LottaLoraArguments,
+    training_args: TrainingArguments,
+) -> None:
     """Raise `UsageError` for what cannot work, before anything is loaded or written."""
     if training_args.do_predict or not (training_args.do_train or training_args.do_eval):
         raise UsageError("Pass --do_train, --do_eval or both. There is no --do_predict: GLUE's test labels are secret.")
@@ -132,6 +137,10 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
     if is_artifact(model_args.model_name_or_path) and training_args.do_train:
         raise UsageError(f"{model_args.model_name_or_path} is a trained artifact: it can be evaluated, not trained on.")
     data_args.check(training_args.do_train, training_args.do_eval or training_args.eval_strategy != "no")
+    try:
+        lottalora_args.config(training_args.seed)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
     check_output_dir(training_args)
 
 
@@ -183,12 +192,7 @@ def load_model(args: ModelArguments, data: TextData, tokenizer: PreTrainedTokeni
             raise UsageError(f"{args.model_name_or_path} was trained on the labels {known}, the data has {labels}.")
         return model
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision}
-    config = AutoConfig.from_pretrained(
-        args.config_name or args.model_name_or_path,
-        num_labels=len(labels),
-        finetuning_task=data.task_name,
-        **hub,
-    )
+    config = AutoConfig.from_pretrained(args.config_name or args.model_name_or_path, num_labels=len(labels), **hub)
     if args.config_overrides:
         config.update_from_string(args.config_overrides)
     config.id2label = dict(enumerate(labels))
@@ -219,7 +223,10 @@ def with_method(model: nn.Module, args: LottaLoraArguments, seed: int) -> nn.Mod
     if args.method == "full":
         return model
     config = args.config(seed)
-    plan = hf_lottalora.make_plan(model, config)
+    try:
+        plan = hf_lottalora.make_plan(model, config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if args.method == "lottalora":
         logger.info("%s", plan)
         return get_peft_model(model, config)
@@ -250,12 +257,14 @@ def main() -> None:
     )
     if not training_args.should_log:
         transformers.utils.logging.set_verbosity_error()
-    check_arguments(model_args, data_args, training_args)
+    check_arguments(model_args, data_args, lottalora_args, training_args)
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
     with training_args.main_process_first(desc="reading the data"):
         data = load_text_data(data_args, model_args.cache_dir)
+    if not training_args.do_train:
+        data.sets.pop("train", None)
     model = load_model(model_args, data, tokenizer)
     # Sequence classifiers return a batch's mean loss. Trainer takes them to divide by the whole step's rows, and would
     # scale their gradients by the number of processes and of accumulated batches.

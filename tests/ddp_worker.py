@@ -77,6 +77,8 @@ def main() -> None:
         else:
             raise AssertionError("a rank with another seed went unnoticed")
     print(f"rank {rank} of {dist.get_world_size()}: OK", flush=True)
+    del wrapped  # it holds on to the process group, whose end would then wait for ranks that have gone
+    dist.barrier()
     dist.destroy_process_group()
 
 

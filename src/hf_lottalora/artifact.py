@@ -71,8 +71,8 @@ def check_artifact_files(
                 f"reads {SAFETENSORS_WEIGHTS_NAME} only; save the adapter again with safe_serialization=True."
             )
         raise ValueError(
-            f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; expected a folder made by save_pretrained. To read a config alone, "
-            "use peft.PeftConfig.from_pretrained."
+            f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; expected a folder made by save_pretrained. To read a "
+            "config alone, use peft.PeftConfig.from_pretrained."
         )
     try:
         with safe_open(weights, framework="pt") as file:
