@@ -109,7 +109,8 @@ def main() -> None:
                 rows.append({**row, "ratio": ratio, "naive_ratio": naive})
                 print(
                     f"| {label} | {row['dtype']} | {'trained' if trained else 'frozen'} "
-                    f"| {found['lottalora'] / 2**20:.1f} | {found['peft lora'] / 2**20:.1f} | {ratio:.3f} | {naive:.3f} |"
+                    f"| {found['lottalora'] / 2**20:.1f} | {found['peft lora'] / 2**20:.1f} "
+                    f"| {ratio:.3f} | {naive:.3f} |"
                 )
     write_json(arguments.output, {"environment": environment(), "batch": [4, 128], "rows": rows})
 
