@@ -81,7 +81,7 @@ def train(model: nn.Module, label: str, data: tuple[TensorDataset, TensorDataset
             args=TrainingArguments(
                 output_dir=scratch,
                 num_train_epochs=args.epochs,
-                per_device_train_batch_size=32,
+                per_device_train_batch_size=args.bs,
                 per_device_eval_batch_size=360,
                 learning_rate=args.learning_rate,
                 weight_decay=0.01,
