@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+import transformers
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -26,16 +27,17 @@ if TYPE_CHECKING:
     from .config import LottaLoraConfig
     from .plan import Plan
 
-# Class name of an architecture -> the loader of ours that the card shows.
+# Loaders of ours that the card may show, with what each builds.
 _LOADERS = {
-    "ForCausalLM": "AutoLottaLoraModelForCausalLM",
-    "LMHeadModel": "AutoLottaLoraModelForCausalLM",
-    "ForSequenceClassification": "AutoLottaLoraModelForSequenceClassification",
-    "ForTokenClassification": "AutoLottaLoraModelForTokenClassification",
-    "ForQuestionAnswering": "AutoLottaLoraModelForQuestionAnswering",
-    "ForConditionalGeneration": "AutoLottaLoraModelForSeq2SeqLM",
-    "ForImageClassification": "AutoLottaLoraModelForImageClassification",
+    "AutoLottaLoraModelForCausalLM": transformers.AutoModelForCausalLM,
+    "AutoLottaLoraModelForSequenceClassification": transformers.AutoModelForSequenceClassification,
+    "AutoLottaLoraModelForTokenClassification": transformers.AutoModelForTokenClassification,
+    "AutoLottaLoraModelForQuestionAnswering": transformers.AutoModelForQuestionAnswering,
+    "AutoLottaLoraModelForSeq2SeqLM": transformers.AutoModelForSeq2SeqLM,
+    "AutoLottaLoraModelForImageClassification": transformers.AutoModelForImageClassification,
+    "AutoLottaLoraModel": transformers.AutoModel,
 }
+HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 _CARD_BEGIN, _CARD_END = "<!-- hf_lottalora: begin -->", "<!-- hf_lottalora: end -->"
 
 
@@ -45,9 +47,8 @@ def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = 
     if folder.is_dir():
         file = folder / filename
         return str(file) if file.is_file() else None
-    known = ("revision", "cache_dir", "token", "force_download", "local_files_only")
     try:
-        wanted = {key: hub[key] for key in known if key in hub}
+        wanted = {key: hub[key] for key in HUB_OPTIONS if key in hub}
         return str(hf_hub_download(str(path), filename, subfolder=subfolder, **wanted))
     except EntryNotFoundError:
         return None
@@ -135,16 +136,27 @@ def _write_card(plan: Plan, folder: Path) -> None:
     card.save(file)
 
 
+def _builds(auto: Any, architecture: Any, class_name: str) -> bool:
+    if type(architecture) not in auto._model_mapping:
+        return False
+    built = auto._model_mapping[type(architecture)]
+    return any(c.__name__ == class_name for c in (built if isinstance(built, tuple) else (built,)))
+
+
 def _card_text(plan: Plan) -> str:
-    class_name = plan.survey.class_name
-    loader = next((ours for end, ours in _LOADERS.items() if class_name.endswith(end)), "AutoLottaLoraModel")
-    if plan.survey.architecture is None:
-        load = (
-            "import hf_lottalora  # registers the PEFT method; must come first\nfrom peft import PeftModel\n\n"
-            'model = PeftModel.from_pretrained(build_the_module(), "path/to/this/folder")'
-        )
-    else:
+    class_name, architecture = plan.survey.class_name, plan.survey.architecture
+    loader = next((ours for ours, auto in _LOADERS.items() if _builds(auto, architecture, class_name)), None)
+    if loader is not None:
         load = f'from hf_lottalora import {loader}\n\nmodel = {loader}.from_pretrained("path/to/this/folder")'
+    else:
+        base = "build_the_module()"
+        if architecture is not None:
+            base = f'{class_name}(AutoConfig.from_pretrained("path/to/this/folder"))'
+        names = "" if architecture is None else f"\nfrom transformers import AutoConfig, {class_name}"
+        load = (
+            f"import hf_lottalora  # registers the PEFT method; must come first\nfrom peft import PeftModel{names}\n\n"
+            f'model = PeftModel.from_pretrained({base}, "path/to/this/folder")'
+        )
     drawn = sum(spec.numel for spec in plan.scaffold.values())
     return f"""{_CARD_BEGIN}
 # {class_name} over a random scaffold

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from transformers import AutoConfig
 
-from .artifact import locate
+from .artifact import HUB_OPTIONS, locate
 from .config import LottaLoraConfig
 from .survey import owner_of
 
@@ -53,6 +53,13 @@ class _AutoLottaLora:
         Raises:
             ValueError: something is missing, damaged, or belongs to another scaffold; the message names it.
         """
+        unknown = hub_kwargs.keys() - {"subfolder", *HUB_OPTIONS}
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained does not take {sorted(unknown)}. The architecture and the adapter's "
+                "options come from the artifact; besides dtype and device it takes subfolder, "
+                f"{', '.join(HUB_OPTIONS)}."
+            )
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
         if not isinstance(config, LottaLoraConfig):
             raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")

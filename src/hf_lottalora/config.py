@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -199,7 +198,7 @@ class LottaLoraConfig(LoraConfig):
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
         number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
         if self.scale not in ("fan_in", "initializer_range") and not (
-            number and math.isfinite(self.scale) and self.scale > 0  # type: ignore[arg-type,operator]
+            number and 1e-30 < self.scale < 1e30  # type: ignore[operator]
         ):
             raise ValueError(f"scale must be 'fan_in', 'initializer_range' or a positive number, got {self.scale!r}.")
 
@@ -230,7 +229,7 @@ class LottaLoraConfig(LoraConfig):
         entries = {key: value for key, value in super().to_dict().items() if key not in _REFUSED}
         entries["target_modules"] = _listed(entries["target_modules"])
         entries["exclude_modules"] = _listed(entries["exclude_modules"])
-        entries["modules_to_save"] = None if self.modules_to_save is None else list(self.modules_to_save)
+        entries["modules_to_save"] = None if self.modules_to_save is None else list(self.modules_to_save) or None
         return entries
 
     @classmethod

@@ -17,9 +17,9 @@ from .checkpoint import MANIFEST_KEY, PREFIX, check_scaffold, check_shapes, chec
 from .config import LottaLoraConfig
 from .initialization import untouched_rng
 from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
-from .plan import Plan
+from .plan import Plan, PlannedTensor
 from .planner import plan_from_survey, warn_if_pretrained
-from .scaffold import first_difference, run_starts, sampled_digest
+from .scaffold import ScaffoldTensor, run_starts, sampled_digest
 from .survey import Survey, owner_of, survey_model, with_model_dtypes
 from .trained import TrainedTensors
 
@@ -47,12 +47,16 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
 
     survey: Survey | None
     trained: TrainedTensors
+    first_config: LottaLoraConfig
+    first_plan: Plan
 
     # ---- building -------------------------------------------------------------------------------------------------
 
     def _pre_injection_hook(self, model: nn.Module, config: LottaLoraConfig, adapter_name: str) -> None:
         self.survey = None
         self.trained = TrainedTensors()
+        self._layers_disabled = False
+        self.plans: dict[str, Plan] = {}
 
     def inject_adapter(
         self,
@@ -73,7 +77,13 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
                 "LottaLoRA adapters are placed by their config; injecting by a state_dict is not supported."
             )
         config = self.peft_config[adapter_name]
+        _check_adapter_name(adapter_name, model)
         first = self.survey is None
+        if first and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "The base model already carries adapters, whose scaffold would be drawn over. Call unload() on the "
+                "PeftModel first, or use add_adapter on it."
+            )
         survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
         plan = plan_from_survey(survey, config)
         self._check_second(plan, config, adapter_name)
@@ -89,9 +99,10 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
             warn_if_pretrained(plan, config.redraw)
             materialise(model, plan)
             self.survey = survey
-        config._plan = plan
-        if config.modules_to_save is not None:
-            config.modules_to_save = _Handled(dict.fromkeys(config.modules_to_save))
+            self.first_config, self.first_plan = config, plan
+        config._plan = self.plans[adapter_name] = plan
+        # Also where it is None: PEFT's task classes would fill it later, and wrap the head once more.
+        config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
         self.trained.add(model, adapter_name, plan)
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
         with untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
@@ -101,31 +112,49 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
 
     def _check_second(self, plan: Plan, config: LottaLoraConfig, adapter_name: str) -> None:
-        for other_name, other in self.peft_config.items():
-            if other_name == adapter_name:
-                continue
-            for option in ("seed", "family", "scale", "redraw"):
-                if getattr(other, option) != getattr(config, option):
-                    raise ValueError(
-                        f"Adapter {adapter_name!r} has {option}={getattr(config, option)!r}, but this model's scaffold "
-                        f"was made by adapter {other_name!r} with {option}={getattr(other, option)!r}. Adapters share "
-                        "one scaffold: use the same value, or build a second model."
-                    )
-            if config.redraw != "all" and plan.scaffold != other._plan.scaffold:
-                difference = first_difference(other._plan.scaffold_digests(), plan.scaffold_digests())
+        """A further adapter shares the base model, and what that is was fixed by the first one."""
+        if self.survey is None:
+            return
+        for option in ("seed", "family", "scale", "redraw", "save_kept"):
+            if getattr(self.first_config, option) != getattr(config, option):
                 raise ValueError(
-                    f"Adapter {adapter_name!r} would draw other layers than adapter {other_name!r} did: {difference}. "
-                    f"With redraw={config.redraw!r} adapters must have the same target_modules."
+                    f"Adapter {adapter_name!r} has {option}={getattr(config, option)!r}, but this model's scaffold was "
+                    f"made with {option}={getattr(self.first_config, option)!r} by its first adapter. Adapters share "
+                    "one scaffold: use the same value, or build a second model."
                 )
+        for mine, first in zip(plan.tensors, self.first_plan.tensors, strict=True):
+            if not _same_base(mine.base, first.base):
+                raise ValueError(
+                    f"Adapter {adapter_name!r} needs {mine.path!r} as {_described(mine)}, but this model's first "
+                    f"adapter made it {_described(first)}. Adapters share one base model: use the same target_modules, "
+                    "modules_to_save, head and embeddings, or build a second model."
+                )
+        if any(t.survey.kind == "buffer" and _is_running_statistic(t.path) for t in plan.tensors):
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be added: the model has running statistics (BatchNorm), of which "
+                "there is one copy, and every adapter trains its own. Build a second model."
+            )
 
     def _kept_digests(self, model: nn.Module, plan: Plan) -> dict[str, str]:
         unsaved = [tensor for tensor in plan.with_role("kept") if not tensor.saved]
         return {tensor.name: sampled_digest(self._base_value(model, tensor.path)) for tensor in unsaved}
 
+    def _is_base(self, path: str) -> bool:
+        """Whether the live tensor is the base model's own: nothing trained stands there, nothing is merged into it."""
+        installed = self.trained.planned.get(self.trained.installed or "", {})
+        return path not in installed and self._merged_layer(path) is None
+
+    def _merged_layer(self, path: str) -> ScaffoldLayer | None:
+        layer = self.model.get_submodule(path.rpartition(".")[0])
+        merged = isinstance(layer, ScaffoldLayer) and layer.merged and path.endswith(".weight")
+        return layer if merged else None
+
     def _base_value(self, model: nn.Module, path: str) -> torch.Tensor:
-        original = self.trained.originals.get(path)
-        live: torch.Tensor = getattr(*owner_of(model, path))
-        return live if original is None else original
+        """The value of a tensor without any adapter."""
+        layer = self._merged_layer(path)
+        if layer is not None:
+            return layer.original_weight()
+        return self.trained.base_value(model, path)
 
     @staticmethod
     def _check_target_module_exists(peft_config: LottaLoraConfig, key: str) -> bool:
@@ -172,12 +201,15 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
             ValueError: two of them train copies of the same tensor.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        owner = self.trained.owner_among(names)
+        owner = None if self._layers_disabled else self.trained.owner_among(names)
+        self.trained.check_installable(owner)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self.trained.check_installable(self.trained.owner_among(self.active_adapters) if enabled else None)
+        self._layers_disabled = not enabled
         super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._set_trained_grad(self.active_adapters, enabled)
@@ -194,9 +226,12 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its trained tensors; another one becomes active if it was."""
+        self.trained.check_removable(adapter_name)
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self.trained.remove(self.model, adapter_name)
-        if self.active_adapters:
+        self.plans.pop(adapter_name, None)
+        if was_active and self.active_adapters:
             self.set_adapter(self.active_adapters)
 
     @contextmanager
@@ -241,8 +276,9 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        tuner, plan = _tuner_of(model), config._plan
-        assert plan is not None
+        tuner = _tuner_of(model)
+        plan = config._plan = tuner.plans[adapter_name]  # the config may have been used for another model since
+        tuner._verify_unmerged(plan)
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
         config._cast_buffers = cast_buffers(tuner.model)
         selected = {MANIFEST_KEY: manifest(plan)}
@@ -254,8 +290,10 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         installed = tuner.trained.installed == adapter_name
         shelved = {} if installed else tuner.trained.parameters_of(tuner.model, adapter_name)
         for path in plan.saved:
-            live = shelved.get(path)
-            selected[saved_key(path)] = state_dict[PREFIX + tuner._live_path(path)] if live is None else live
+            value = shelved.get(path)
+            if value is None and (path in tuner.trained.planned.get(adapter_name, {}) or tuner._is_base(path)):
+                value = state_dict[PREFIX + tuner._live_path(path)]
+            selected[saved_key(path)] = tuner._base_value(tuner.model, path) if value is None else value
         shapes = {
             cls._remove_adapter_name_from_key(key, adapter_name): tuple(value.shape) for key, value in selected.items()
         }
@@ -284,16 +322,19 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """Every way of loading passes here: check all of it, then fill trained and kept tensors; PEFT does the rest."""
-        tuner, plan = _tuner_of(model), config._plan
-        assert plan is not None
+        tuner = _tuner_of(model)
+        plan = tuner.plans[adapter_name]
         check_state_dict(plan, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
         with torch.no_grad():
             for path in plan.saved:
                 value = state_dict.pop(saved_key(path))
-                target = trained[path] if path in trained else getattr(*owner_of(tuner.model, path))
-                target.copy_(value)
+                if path in trained:
+                    trained[path].copy_(value)
+                elif tuner._is_base(path):
+                    getattr(*owner_of(tuner.model, path)).copy_(value)
+                # else another adapter's copy stands there; the base value is shared and was checked to be the same
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -303,8 +344,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
 
     def get_plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of an adapter (default: the first active one); printing it shows roles, sizes and shares."""
-        plan: Plan = self.peft_config[adapter_name or self.active_adapters[0]]._plan
-        return plan
+        return self.plans[adapter_name or self.active_adapters[0]]
 
     def get_betas(self, adapter_name: str | None = None) -> dict[str, float]:
         """The beta of each adapted layer by module path."""
@@ -322,20 +362,29 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
             ValueError: a weight differs; the first such tensor is named. Also while adapters are merged.
         """
         for path, spec in self.get_plan().scaffold.items():
-            live = getattr(*owner_of(self.model, path)).detach()
-            if full:
-                same = torch.equal(spec.draw(live.dtype), live.cpu())
-            else:
-                flat = live.reshape(-1)
-                same = all(
-                    torch.equal(spec.draw_slice(at, min(at + 64, spec.numel), live.dtype), flat[at : at + 64].cpu())
-                    for at in run_starts(spec.numel)
-                )
-            if not same:
-                raise ValueError(
-                    f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
-                    "merged into (see unmerge_adapter), or cast twice."
-                )
+            self._verify(path, spec, full)
+
+    def _verify_unmerged(self, plan: Plan) -> None:
+        """Before saving: what is not saved must be what the seed draws. A merged layer's weight is drawn again."""
+        for path, spec in plan.scaffold.items():
+            if self._is_base(path):
+                self._verify(path, spec, full=False)
+
+    def _verify(self, path: str, spec: ScaffoldTensor, full: bool) -> None:
+        live = getattr(*owner_of(self.model, path)).detach()
+        if full:
+            same = torch.equal(spec.draw(live.dtype), live.cpu())
+        else:
+            flat = live.reshape(-1)
+            same = all(
+                torch.equal(spec.draw_slice(at, min(at + 64, spec.numel), live.dtype), flat[at : at + 64].cpu())
+                for at in run_starts(spec.numel)
+            )
+        if not same:
+            raise ValueError(
+                f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
+                "merged into (see unmerge_adapter), or cast to a smaller dtype and back."
+            )
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -343,6 +392,38 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         drawn = {id(getattr(*owner_of(self.model, path))) for path in self.get_plan().scaffold}
         named = self.model.named_parameters(remove_duplicate=False)
         return [PREFIX + name for name, parameter in named if id(parameter) in drawn]
+
+
+def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    # PEFT takes an adapter's name out of keys by matching path segments.
+    segments = {segment for name in model.state_dict() for segment in name.split(".")}
+    if adapter_name in segments - {"default"} and not any(
+        f".{adapter_name}" in name for name in model.state_dict() if "lora_" in name
+    ):
+        raise ValueError(
+            f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "
+            "two could not be told apart in a saved file. Choose another adapter_name."
+        )
+
+
+def _same_base(one: ScaffoldTensor | torch.Tensor | None, other: ScaffoldTensor | torch.Tensor | None) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
+def _described(tensor: PlannedTensor) -> str:
+    if isinstance(tensor.base, ScaffoldTensor):
+        return f"drawn ({tensor.base.family}, scale {tensor.base.scale:.4g})"
+    return "it was" if tensor.base is None else "the architecture's constant"
+
+
+def _is_running_statistic(path: str) -> bool:
+    return path.endswith(("running_mean", "running_var"))
+
+
+def _as_list(names: list[str] | None) -> list[str]:
+    return [] if names is None else list(names)  # "or []" would drop a _Handled list
 
 
 def _tuner_of(model: nn.Module) -> LottaLoraModel:

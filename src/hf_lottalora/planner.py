@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -39,7 +40,7 @@ def make_plan(model: nn.Module, config: LottaLoraConfig) -> Plan:
         >>> make_plan(model, config).adapter_parameters
         65
     """
-    return plan_from_survey(survey_model(model), config)
+    return plan_from_survey(survey_model(model), copy.copy(config))
 
 
 def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
@@ -146,6 +147,13 @@ def _plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> 
             f"target_modules={_shown(config.target_modules)} matches no linear layer of {survey.class_name} outside "
             f"what is trained as a whole. {_linear_layers(survey)}"
         )
+    for tensor in survey.tensors:
+        shared = [a.path for a in adapters if f"{a.path}.weight" in tensor.aliases]
+        if shared and len(tensor.aliases) > 1 and not tensor.tied_head:
+            raise ValueError(
+                f"{shared[0]!r} shares its weight ({', '.join(tensor.aliases)}): an adapter on one place would change "
+                "the other, or miss it. Leave it out of target_modules."
+            )
     embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
     if embedding is not None and not _under(embedding.path, extra):
         adapters.append(embedding)
@@ -214,7 +222,12 @@ def _modules_to_save(survey: Survey, config: LottaLoraConfig) -> set[str]:
     """Paths of the modules that `config.modules_to_save` means: a full path, or its end."""
     found = set()
     paths = {parent for t in survey.tensors for alias in t.aliases for parent in _parents(alias)}
-    for name in dict.fromkeys(config.modules_to_save or []):
+    if isinstance(config.modules_to_save, str):
+        raise ValueError(f"modules_to_save must be a list of module names, got the string {config.modules_to_save!r}.")
+    # Not "or []": a list that was handed on to PEFT is falsy, see model._Handled.
+    for name in dict.fromkeys(() if config.modules_to_save is None else config.modules_to_save):
+        if name in _PEFT_HEADS and config.head == "lora":
+            continue  # appended by PEFT's task class, but the config wants an adapter there
         matches = {path for path in paths if path == name or path.endswith(f".{name}")}
         if not matches and name not in _PEFT_HEADS:
             raise ValueError(

@@ -261,7 +261,9 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
         shape = weight.shape
         kind: Literal["linear", "embedding", "other"] = "other"
         sizes = (0, 0)
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        # nn.MultiheadAttention reads its output projection's weight past forward, so an adapter there would be dead.
+        past_forward = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not past_forward:
             kind, sizes = "linear", (shape[1], shape[0])
         elif isinstance(module, Conv1D):
             kind, sizes = "linear", (shape[0], shape[1])

@@ -72,15 +72,9 @@ class TrainedTensors(nn.Module):
         """Put this adapter's copies in place; with None, or where it has none, the base values."""
         if adapter == self.installed:
             return
+        self.check_installable(adapter)
         leaving = self.planned.get(self.installed or "", {})
         coming = self.planned.get(adapter or "", {})
-        for path, tensor in leaving.items():
-            if tensor.base is None and path not in coming and self.originals.get(path) is None:
-                raise ValueError(
-                    f"The pretrained value of {path!r} is needed without adapter {self.installed!r}, but the model was "
-                    "built from an artifact that has the trained value only. Build it over the base model instead: "
-                    "PeftModel.from_pretrained(base_model, path)."
-                )
         for path in {**leaving, **coming}:
             tensor = coming.get(path) or leaving[path]
             live = getattr(*owner_of(model, path))
@@ -98,6 +92,37 @@ class TrainedTensors(nn.Module):
                 owner, attribute = owner_of(model, alias)
                 owner._parameters[attribute] = parameter
         self.installed = adapter if coming else None
+
+    def check_installable(self, adapter: str | None) -> None:
+        """Whether `install` could go from what is installed to this adapter. Changes nothing.
+
+        Raises:
+            ValueError: the base value of a tensor is needed, and the model was built without it.
+        """
+        if adapter == self.installed:
+            return
+        coming = self.planned.get(adapter or "", {})
+        for path, tensor in self.planned.get(self.installed or "", {}).items():
+            if tensor.base is None and path not in coming and self.originals.get(path) is None:
+                raise ValueError(
+                    f"The pretrained value of {path!r} is needed without adapter {self.installed!r}, but the model was "
+                    "built from an artifact that has the trained value only. Build it over the base model instead: "
+                    "PeftModel.from_pretrained(base_model, path)."
+                )
+
+    def check_removable(self, adapter: str) -> None:
+        """Whether this adapter could be removed. Changes nothing; raises as `check_installable`."""
+        if self.installed == adapter:
+            self.check_installable(None)
+
+    def base_value(self, model: nn.Module, path: str) -> torch.Tensor:
+        """The value of a tensor that no adapter has trained, whatever is installed now."""
+        live: torch.Tensor = getattr(*owner_of(model, path))
+        tensor = self.planned.get(self.installed or "", {}).get(path)
+        if tensor is None:
+            return live
+        original = self.originals.get(path)
+        return original if original is not None else _made(tensor, live)
 
     def remove(self, model: nn.Module, adapter: str) -> None:
         """Forget an adapter's copies."""

@@ -1,0 +1,192 @@
+"""Adapters of different options over one base model, and what must not be combined."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import SIZES, bert, config, ids, llama, perturb
+from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
+
+from hf_lottalora import (
+    AutoLottaLoraModelForCausalLM,
+    AutoLottaLoraModelForQuestionAnswering,
+    AutoLottaLoraModelForTokenClassification,
+    make_plan,
+)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(ids())[0]
+    return result
+
+
+def trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("head", "task_type", "loader"),
+    [
+        (BertForTokenClassification, "TOKEN_CLS", AutoLottaLoraModelForTokenClassification),
+        (BertForQuestionAnswering, "QUESTION_ANS", AutoLottaLoraModelForQuestionAnswering),
+    ],
+)
+def test_task_types_whose_head_peft_would_wrap(tmp_path: Path, head: Any, task_type: str, loader: Any) -> None:
+    model = get_peft_model(head(BertConfig(**SIZES)), config(task_type=task_type))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(loader.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"redraw": "none", "save_kept": True}])
+def test_what_one_adapter_trains_and_another_keeps(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = get_peft_model(llama(), config(**options))
+    perturb(model)
+    first = logits(model)
+    model.add_adapter("b", config(**options, norms="frozen", embeddings="frozen"))
+    model.set_adapter("b")
+    perturb(model)
+    second = logits(model)
+    for installed in ("default", "b"):
+        model.set_adapter(installed)
+        model.save_pretrained(tmp_path / installed)
+        alone = AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path / installed / "b")
+        assert torch.equal(logits(alone), second), installed
+    if not options:
+        other = get_peft_model(llama(), config())
+        perturb(other)
+        before = logits(other)
+        other.load_adapter(tmp_path / "b" / "b", "b")
+        assert torch.equal(logits(other), before)
+        other.set_adapter("b")
+        assert torch.equal(logits(other), second)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "second"),
+    [
+        ({"tie_word_embeddings": False}, {"head": "lora"}, {}),
+        ({}, {}, {"modules_to_save": ["mlp"]}),
+        ({}, {"family": "binary"}, {"family": "binary", "embeddings": "frozen"}),
+    ],
+)
+def test_adapters_that_need_another_base_are_refused(
+    model: dict[str, Any], first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    built = get_peft_model(llama(**model), config(**first))
+    with pytest.raises(ValueError, match=r"Adapter 'b' needs '.*' as drawn .*, but this model's first adapter made it"):
+        built.add_adapter("b", config(**second))
+
+
+def test_the_scaffold_outlives_the_adapter_that_made_it() -> None:
+    model = get_peft_model(llama(), config())
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"'b' has seed=7, but this model's scaffold was made with seed=42"):
+        model.add_adapter("b", config(seed=7))
+
+
+def test_a_config_object_can_be_used_again() -> None:
+    settings = config(modules_to_save=["mlp"])
+    counts = {trained(get_peft_model(llama(), used)) for used in (settings, settings, copy.deepcopy(settings))}
+    assert len(counts) == 1
+    assert make_plan(llama(), settings).trainable_parameters in counts
+    fresh = config()
+    make_plan(llama(), fresh)
+    assert fresh.target_modules is None  # planning changes nothing
+    get_peft_model(bert(), fresh)
+
+
+def test_one_config_object_for_two_living_models(tmp_path: Path) -> None:
+    settings = config()
+    first, _second = get_peft_model(llama(), settings), get_peft_model(llama(hidden_size=64), settings)
+    first.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)), logits(first))
+
+
+def test_saving_while_merged_saves_what_was_there_before(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config(redraw="none", save_kept=True))
+    perturb(model)
+    expected = logits(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)), expected)
+
+
+def test_running_statistics_cannot_be_shared() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def settings() -> Any:
+        return config(target_modules=["0"], modules_to_save=["2"])
+
+    model = get_peft_model(build(), settings())
+    with pytest.raises(ValueError, match=r"cannot be added: the model has running statistics \(BatchNorm\)"):
+        model.add_adapter("b", settings())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own
+def test_a_base_that_carries_adapters_is_refused() -> None:
+    base = llama()
+    get_peft_model(base, config())
+    with pytest.raises(ValueError, match="already carries adapters"):
+        get_peft_model(base, config(seed=3))
+
+
+@pytest.mark.parametrize("name", ["norm", "weight"])
+def test_an_adapter_name_that_occurs_in_the_model_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"An adapter cannot be called '{name}'"):
+        get_peft_model(llama(), config(), adapter_name=name)
+
+
+def test_a_lora_head_with_pefts_task_type() -> None:
+    plan = get_peft_model(bert(), config(task_type="SEQ_CLS", head="lora")).get_plan()
+    assert "classifier" in {adapter.path for adapter in plan.adapters}
+
+
+def test_saving_a_scaffold_that_was_changed_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config()).to(torch.bfloat16).to(torch.float32)
+    with pytest.raises(ValueError, match=r"is not what seed 42 draws .* cast to a smaller dtype and back"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_base_value_that_is_not_there_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    get_peft_model(llama(), config(redraw="none", save_kept=True)).save_pretrained(tmp_path)
+    model = AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="The pretrained value of 'model.embed_tokens.weight' is needed"):
+        model.delete_adapter("default")
+    assert set(model.peft_config) == {"default"} and torch.equal(logits(model), expected)
+
+
+def test_switching_while_disabled_stays_at_the_base() -> None:
+    model = get_peft_model(llama(), config())
+    model.add_adapter("b", config(adapter_seed=3))
+    perturb(model)
+    with model.disable_adapter():
+        base = logits(model)
+        model.set_adapter("b")
+        assert torch.equal(logits(model), base)
+
+
+def test_shared_weights_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    module[1].weight = module[0].weight
+    with pytest.raises(ValueError, match=r"'0' shares its weight \(0.weight, 1.weight\)"):
+        get_peft_model(module, config(target_modules=["0"], modules_to_save=["2"]))
+
+
+def test_the_loaders_take_no_unknown_options(tmp_path: Path) -> None:
+    get_peft_model(llama(), config()).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"does not take \['torch_dtype'\]"):
+        AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert isinstance(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), PeftModel)
