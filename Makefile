@@ -28,8 +28,8 @@ help: ## list the targets
 
 install: $(STAMP) ## make .venv with the tested versions; the other targets do it when needed
 
-# Installs again only when a version changed. torch goes first and alone, so that a build of your choice (CPU, CUDA)
-# can be put into the environment before the rest; it is then left as it is.
+# Installs again only when a version changed. A build of this torch version that is in the environment already, for
+# example one for CPUs, is left as it is.
 %/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  "hf-lottalora needs Python 3.11 or newer, but $(PYTHON) is %d.%d. Try: make PYTHON=python3.12" % v[:2])'
