@@ -73,9 +73,20 @@ def main() -> None:
         try:
             check(other)
         except RuntimeError as error:
-            assert "Ranks [1] drew another scaffold" in str(error)
+            assert "Ranks [1] have another scaffold" in str(error)
         else:
             raise AssertionError("a rank with another seed went unnoticed")
+
+    # So is a scaffold that changed on one rank, and no rank is left waiting for the others.
+    if rank == 1:
+        with torch.no_grad():
+            parameters[next(iter(scaffold))].add_(1)
+    try:
+        check_ranks_agree(model)
+    except RuntimeError as error:
+        assert "Ranks [1] have another scaffold" in str(error) and "is not what seed" in str(error)
+    else:
+        raise AssertionError("a changed scaffold went unnoticed")
     print(f"rank {rank} of {dist.get_world_size()}: OK", flush=True)
     del wrapped  # it holds on to the process group, whose end would then wait for ranks that have gone
     dist.barrier()

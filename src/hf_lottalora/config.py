@@ -77,7 +77,10 @@ class LottaLoraConfig(LoraConfig):
     )
     family: str = field(
         default="normal",
-        metadata={"help": "Distribution of the scaffold: normal, uniform, binary or zero (paper section 2)."},
+        metadata={
+            "help": "Distribution of the scaffold: normal, uniform, binary or zero (paper section 2). "
+            "Zero is the ablation: give it init_lora_weights=False, or W = 0 and B = 0 pass no gradient on."
+        },
     )
     scale: str | float = field(
         default="fan_in",

@@ -20,14 +20,17 @@ def check_ranks_agree(model: PeftModel) -> None:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     plan = model.base_model.get_plan()
-    model.base_model.verify_scaffold()
     mine = combined_digest(plan.seed, plan.scaffold_digests())
+    try:
+        model.base_model.verify_scaffold()
+    except ValueError as error:  # raised on every rank below: one that raised alone would leave the others waiting
+        mine = str(error)
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, mine)
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise RuntimeError(
-            f"Ranks {others} drew another scaffold than rank 0 ({digests}). All must use the same seed, family, model "
+            f"Ranks {others} have another scaffold than rank 0 ({digests}). All must use the same seed, family, model "
             "configuration and hf_lottalora version."
         )
 

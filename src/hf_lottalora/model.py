@@ -96,7 +96,8 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
 
         # From here on the model changes.
         if first:
-            warn_if_pretrained(plan, config.redraw)
+            if config.scaffold_digests is None:  # an artifact that is loaded was made over this base on purpose
+                warn_if_pretrained(plan, config.redraw)
             materialise(model, plan)
             self.survey = survey
             self.first_config, self.first_plan = config, plan

@@ -282,10 +282,11 @@ def _under(path: str, modules: set[str]) -> bool:
 def warn_if_pretrained(plan: Plan, redraw: str) -> None:
     """Say once that weights somebody loaded are about to be drawn over."""
     if plan.survey.pretrained_from and redraw != "none" and plan.scaffold:
+        keep = "" if redraw == "targets" else "Pass redraw='targets' to replace only the adapted layers, or "
         warnings.warn(
             f"redraw={redraw!r} draws over weights that were loaded from {plan.survey.pretrained_from!r}: "
-            f"{len(plan.scaffold)} tensors become random. Pass redraw='targets' to replace only the adapted layers, "
-            "or redraw='none' to keep them all; to train from a seed, AutoModel.from_config loads nothing.",
+            f"{len(plan.scaffold)} tensors become random. {keep or 'Pass '}redraw='none' to keep them all; to train "
+            "from a seed, AutoModel.from_config loads nothing.",
             UserWarning,
             stacklevel=2,
         )
