@@ -365,6 +365,15 @@ def test_a_model_on_the_meta_device() -> None:
     assert torch.equal(logits(drawn.eval()), logits(get_peft_model(llama(), config()).eval()))
 
 
+@pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 2), ("hidden_act", "relu"), ("rms_norm_eps", 0.1)])
+def test_an_architecture_of_the_same_shapes_that_computes_something_else_is_refused(
+    saved: tuple[PeftModel, Path], key: str, value: Any
+) -> None:
+    more = {"head_dim": 16, "num_key_value_heads": 2} if key == "num_attention_heads" else {}
+    with pytest.raises(ValueError, match=r"another architecture: its config.json says \w+="):
+        PeftModel.from_pretrained(llama(**{key: value}, **more), saved[1])
+
+
 def test_a_plain_lora_adapter_is_not_taken_for_ours(tmp_path: Path) -> None:
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a .*LORA adapter, expected LOTTALORA"):

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,11 @@ _LOADERS = {
     "AutoLottaLoraModelForImageClassification": transformers.AutoModelForImageClassification,
     "AutoLottaLoraModel": transformers.AutoModel,
 }
+# Parts of configuration keys that do not change what a model computes in evaluation.
+_NEUTRAL = (
+    "architectures", "attn_implementation", "cache", "checkpointing", "dropout", "dtype", "id2label", "label2id",
+    "output_", "problem_type", "return_dict", "token_id", "transformers_version", "vocab",
+)  # fmt: skip
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 _CARD_BEGIN, _CARD_END = "<!-- hf_lottalora: begin -->", "<!-- hf_lottalora: end -->"
 
@@ -83,6 +90,8 @@ def check_artifact_files(
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a readable safetensors file; it may be truncated ({error}).") from error
     content = read_manifest(tensor, weights)
+    file = locate(path, "config.json", subfolder, **hub)
+    config._artifact_architecture = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     if content["seed"] != config.seed:
         raise ValueError(
             f"{weights} belongs to seed {content['seed']}, but the adapter_config.json beside it says {config.seed}. "
@@ -92,6 +101,26 @@ def check_artifact_files(
         difference = first_difference(config.scaffold_digests, content["scaffold"])
         if difference:
             raise ValueError(f"{weights} and the adapter_config.json beside it disagree: {difference}.")
+
+
+def check_architecture(saved: Mapping[str, Any] | None, architecture: Any) -> None:
+    """Compare the artifact's `config.json` with the base model's configuration, where both know a key.
+
+    Two models of the same shapes can still compute other things: heads, activation, rotary base, epsilons.
+
+    Raises:
+        ValueError: a key that changes what the model computes differs; the message names it.
+    """
+    if saved is None or architecture is None:
+        return
+    live = json.loads(json.dumps(architecture.to_dict(), default=str))
+    for key in sorted(saved.keys() & live.keys()):
+        neutral = key.startswith("_") or any(part in key for part in _NEUTRAL)
+        if not neutral and saved[key] != live[key]:
+            raise ValueError(
+                f"The artifact was made over another architecture: its config.json says {key}={saved[key]!r}, this "
+                f"model has {live[key]!r}. Nothing was loaded. Build the base model from that config.json."
+            )
 
 
 def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str], dtype: torch.dtype | None) -> None:

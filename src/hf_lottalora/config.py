@@ -156,6 +156,7 @@ class LottaLoraConfig(LoraConfig):
         # Set when the config is used and when its adapter's tensors are collected; read when it is saved.
         self._plan: Plan | None = None
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
+        self._artifact_architecture: dict[str, Any] | None = None
         self._saved_dtype: torch.dtype | None = None
         self._cast_buffers: dict[str, str] = {}
         self._check_format(from_file)

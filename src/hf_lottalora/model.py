@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .artifact import check_architecture
 from .base_model import cast_buffers, check_loadable, materialise
 from .checkpoint import MANIFEST_KEY, PREFIX, check_scaffold, check_shapes, check_state_dict, manifest, saved_key
 from .config import LottaLoraConfig
@@ -91,6 +92,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         plan.kept_digests.update(self._kept_digests(model, plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, config.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
+        check_architecture(config._artifact_architecture, plan.survey.architecture)
         if config._artifact_shapes is not None:
             check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")
 
