@@ -13,13 +13,14 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import bert, config, gpt2, ids, llama, mlp, perturb, vit
+from tiny import bert, config, gpt2, ids, llama, mlp, perturb, t5, vit
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 import hf_lottalora
 from hf_lottalora import (
     AutoLottaLoraModel,
     AutoLottaLoraModelForCausalLM,
+    AutoLottaLoraModelForSeq2SeqLM,
     AutoLottaLoraModelForSequenceClassification,
     LottaLoraConfig,
 )
@@ -112,6 +113,17 @@ def test_half_precision_comes_back_in_its_dtype(tmp_path: Path, dtype: torch.dty
     again = AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)
     assert again.base_model.model.model.norm.weight.dtype is dtype
     assert torch.equal(logits(again), logits(model))
+
+
+def test_mixed_precision_comes_back_as_it_was(tmp_path: Path) -> None:
+    base = t5().half()
+    for block in base.encoder.block:
+        block.layer[1].DenseReluDense.wo.float()
+    model = get_peft_model(base, config(), autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    again = AutoLottaLoraModelForSeq2SeqLM.from_pretrained(tmp_path, autocast_adapter_dtype=False).state_dict()
+    for name, value in model.state_dict().items():
+        assert again[name].dtype is value.dtype and torch.equal(again[name], value), name
 
 
 def test_training_goes_on_where_it_stopped(saved: tuple[PeftModel, Path]) -> None:

@@ -75,9 +75,13 @@ class _AutoLottaLora:
             # Buffers must be real: rotary and position tables have no other source.
             with init_empty_weights(include_buffers=False):
                 model = cls._auto_class.from_config(architecture, dtype=dtype)
-            for buffer_path, cast in (config.cast_buffers or {}).items():
-                owner, name = owner_of(model, buffer_path)
-                owner._buffers[name] = getattr(owner, name).to(getattr(torch, cast))
+            for tensor_path, other in (config.other_dtypes or {}).items() if dtype == architecture.dtype else ():
+                owner, name = owner_of(model, tensor_path)
+                cast = getattr(owner, name).to(getattr(torch, other))
+                if name in owner._buffers:
+                    owner._buffers[name] = cast
+                else:
+                    owner._parameters[name] = torch.nn.Parameter(cast, requires_grad=False)
             model.tie_weights()  # on the meta device each module got a parameter of its own
         else:
             if not config.base_model_name_or_path:

@@ -10,15 +10,22 @@ from .scaffold import ScaffoldTensor, draw_into
 from .survey import clean_modules, owner_of
 
 
-def cast_buffers(model: nn.Module) -> dict[str, str]:
-    """Unsaved buffers in half precision by clean path: rotary tables that `model.half()` has rounded."""
-    return {
-        f"{path}.{name}": str(buffer.dtype).removeprefix("torch.")
-        for path, module in clean_modules(model)
-        for name, buffer in module._buffers.items()
-        if name in module._non_persistent_buffers_set and buffer is not None
-        if buffer.dtype in (torch.float16, torch.bfloat16)
-    }
+def other_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, str]:
+    """Dtypes by clean path that building the architecture in `dtype` would not give.
+
+    Unsaved buffers in half precision (rotary tables that `model.half()` has rounded), and parameters that some
+    architectures hold in another precision than the rest.
+    """
+    found = {}
+    for path, module in clean_modules(model):
+        for name, buffer in module._buffers.items():
+            unsaved = name in module._non_persistent_buffers_set
+            if buffer is not None and unsaved and buffer.dtype in (torch.float16, torch.bfloat16):
+                found[f"{path}.{name}"] = buffer.dtype
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                found[f"{path}.{name}"] = parameter.dtype
+    return {path: str(found[path]).removeprefix("torch.") for path in found}
 
 
 def check_loadable(model: nn.Module, plan: Plan) -> None:

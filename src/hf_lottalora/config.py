@@ -144,9 +144,11 @@ class LottaLoraConfig(LoraConfig):
         default=None,
         metadata={"help": "Digest of each pretrained tensor the artifact does not contain; checked on load."},
     )
-    cast_buffers: dict[str, str] | None = field(
+    other_dtypes: dict[str, str] | None = field(
         default=None,
-        metadata={"help": "Buffers that were cast to half precision with the model (`model.half()`); filled in."},
+        metadata={
+            "help": "Dtypes of tensors that differ from the model's, such as buffers after `model.half()`; filled in."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -158,7 +160,7 @@ class LottaLoraConfig(LoraConfig):
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
         self._artifact_architecture: dict[str, Any] | None = None
         self._saved_dtype: torch.dtype | None = None
-        self._cast_buffers: dict[str, str] = {}
+        self._other_dtypes: dict[str, str] = {}
         self._check_format(from_file)
         if self.seed is None:
             raise TypeError(
@@ -257,7 +259,7 @@ class LottaLoraConfig(LoraConfig):
         """
         recorded: dict[str, Any] = {}
         if self._plan is not None:
-            recorded = {**self._plan.recorded_digests(), "cast_buffers": self._cast_buffers}
+            recorded = {**self._plan.recorded_digests(), "other_dtypes": self._other_dtypes}
         if self.redraw == "all":
             self.base_model_name_or_path = None  # nothing of it survives
         saved = dataclasses.replace(self, **recorded, lottalora_version=_package_version())

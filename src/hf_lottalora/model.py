@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .artifact import check_architecture
-from .base_model import cast_buffers, check_loadable, materialise
+from .base_model import check_loadable, materialise, other_dtypes
 from .checkpoint import MANIFEST_KEY, PREFIX, check_scaffold, check_shapes, check_state_dict, manifest, saved_key
 from .config import LottaLoraConfig
 from .initialization import untouched_rng
@@ -283,7 +283,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         plan = config._plan = tuner.plans[adapter_name]  # the config may have been used for another model since
         tuner._verify_unmerged(plan)
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
-        config._cast_buffers = cast_buffers(tuner.model)
+        config._other_dtypes = other_dtypes(tuner.model, config._saved_dtype)
         selected = {MANIFEST_KEY: manifest(plan)}
         for adapter in plan.adapters:
             for name in adapter.shapes:
