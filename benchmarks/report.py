@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,7 @@ def environment() -> dict[str, Any]:
 
     Example:
         >>> sorted(environment())
-        ['accelerators', 'cores', 'cpu', 'date', 'memory_gib', 'platform', 'python', 'threads', 'versions']
+        ['accelerators', 'commit', 'cores', 'cpu', 'date', 'memory_gib', 'platform', 'python', 'threads', 'versions']
     """
     import torch
 
@@ -30,6 +31,7 @@ def environment() -> dict[str, Any]:
             name = module.get_device_name(index) if hasattr(module, "get_device_name") else str(kind)
             accelerators.append(name)
     return {
+        "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -60,6 +62,22 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """The commit of this folder, with a `+` where files that git tracks were changed since."""
+    folder = Path(__file__).parent
+    try:
+        found = [
+            subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            for args in (
+                ("rev-parse", "--short=10", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no", "../src", "."),
+            )
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found[0] + ("+" if found[1] else "")
 
 
 def _version(package: str) -> str | None:

@@ -236,7 +236,7 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, help=f"result file, also read to go on (default: {RESULTS.name})")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of scaffold and training (default: 0 1 2)")
-    add("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="tried for each method")
+    add("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2], help="tried for each")
     add("--rank", type=int, default=8, help="rank of the adapters (default: 8)")
     add("--epochs", type=float, default=1.0)
     add("--batch_size", type=int, default=64)
