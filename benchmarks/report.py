@@ -72,7 +72,7 @@ def _commit() -> str | None:
             subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
             for args in (
                 ("rev-parse", "--short=10", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no", "../src", "."),
+                ("status", "--porcelain", "--untracked-files=no", "../src", "*.py"),
             )
         ]
     except (OSError, subprocess.CalledProcessError):
