@@ -1,4 +1,20 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from tiny import config, llama, perturb
 
 # The models here are tiny: a second thread would only wait for the first.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[PeftModel, Path]:
+    """A trained Llama adapter and where it was saved."""
+    model = get_peft_model(llama(), config(task_type="CAUSAL_LM")).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path / "artifact")
+    return model, tmp_path / "artifact"

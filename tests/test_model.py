@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.mapping import inject_adapter_in_model
-from tiny import bert, config, gpt2, ids, llama, mlp, perturb, vit
+from tiny import bert, config, gpt2, ids, llama, logits, mlp, perturb, vit
 from torch import nn
 from torch.func import functional_call, grad
 from transformers import LlamaForCausalLM
@@ -23,12 +23,6 @@ def trainable(model: nn.Module) -> set[str]:
 def adapter_names(paths: list[str]) -> set[str]:
     kinds = ("lora_A.default.weight", "lora_B.default.weight", "lora_beta.default")
     return {f"{path}.{kind}" for path in paths for kind in kinds}
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(ids()).logits
-    return result
 
 
 LLAMA_TARGETS = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import SIZES, bert, config, ids, llama, perturb
+from tiny import SIZES, bert, config, llama, logits, perturb
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
@@ -19,12 +19,6 @@ from hf_lottalora import (
     AutoLottaLoraModelForTokenClassification,
     make_plan,
 )
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model.eval()(ids())[0]
-    return result
 
 
 def trained(model: nn.Module) -> int:

@@ -65,6 +65,13 @@ def ids(rows: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(3, 99, (rows, length), generator=generator)
 
 
+def logits(model: nn.Module) -> torch.Tensor:
+    """First output for `ids()` in eval mode: logits, or what else the task returns."""
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(ids())[0]
+    return result
+
+
 def perturb(model: nn.Module) -> None:
     """Give every trainable tensor a value that no initialisation has, as training would."""
     generator = torch.Generator().manual_seed(1)

@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import MANIFEST_KEY, check_shapes, read_manifest
+from .checkpoint import MANIFEST_KEY, read_manifest
 from .scaffold import first_difference
 
 if TYPE_CHECKING:
@@ -123,27 +123,29 @@ def check_architecture(saved: Mapping[str, Any] | None, architecture: Any) -> No
             )
 
 
-def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
-    """Write `config.json` (with the model's `dtype`) and our part of the card, and check the weights PEFT wrote.
+def check_not_pickled(folder: str | os.PathLike[str]) -> None:
+    """Refuse to complete an artifact that PEFT has begun with pickled weights.
 
     Raises:
-        ValueError: the weights were pickled, or hold something else than the plan says.
+        ValueError: the folder contains such a file, of this or another model.
     """
+    if Path(folder, WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{folder} contains {WEIGHTS_NAME}, a pickle; LottaLoRA artifacts are safetensors only. Delete that file "
+            "and save without safe_serialization=False. The config and any weights in safetensors there are untouched."
+        )
+
+
+def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
+    """Write `config.json` (with the model's `dtype`) and our part of the card beside the weights that PEFT wrote."""
     folder = Path(save_directory)
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if weights.is_file():
-        with safe_open(weights, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        check_shapes(plan, shapes, str(weights), "Something else was saved along with the adapter.")
-    elif (folder / WEIGHTS_NAME).is_file():
-        raise ValueError(f"{folder} was saved with safe_serialization=False; LottaLoRA artifacts are safetensors only.")
     architecture = plan.survey.architecture
     if architecture is not None:
         architecture = type(architecture).from_dict(architecture.to_dict())
         architecture.architectures = [plan.survey.class_name]
         architecture.dtype = dtype
         architecture.save_pretrained(folder)
-    if weights.is_file():
+    if Path(folder, SAFETENSORS_WEIGHTS_NAME).is_file():
         _write_card(plan, folder)
 
 

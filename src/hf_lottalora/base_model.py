@@ -1,13 +1,19 @@
-"""What is done to the base model itself: every frozen tensor gets its value, once, in place."""
+"""The base model itself: every frozen tensor gets its value, once, in place; later it is found under the adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .checkpoint import PREFIX
+from .layer import ScaffoldLayer
 from .plan import Plan
-from .scaffold import ScaffoldTensor, draw_into
+from .scaffold import ScaffoldTensor, draw_into, run_starts, sampled_digest
 from .survey import clean_modules, owner_of
+from .trained import TrainedTensors
 
 
 def other_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, str]:
@@ -69,3 +75,81 @@ def materialise(model: nn.Module, plan: Plan) -> None:
             with torch.no_grad():
                 live.copy_(tensor.base)
     draw_into(draws)
+
+
+class BaseTensors:
+    """The tensors of a base model while adapters are over it: installed in their place, or merged into them."""
+
+    def __init__(self, model: nn.Module, trained: TrainedTensors) -> None:
+        self.model, self.trained = model, trained
+
+    def is_bare(self, path: str) -> bool:
+        """Whether the live tensor is the base model's own: nothing trained stands there, nothing is merged into it."""
+        installed = self.trained.planned.get(self.trained.installed or "", {})
+        return path not in installed and self._merged_layer(path) is None
+
+    def value(self, path: str) -> torch.Tensor:
+        """The value of a tensor without any adapter."""
+        layer = self._merged_layer(path)
+        return self.trained.base_value(self.model, path) if layer is None else layer.original_weight()
+
+    def saved_value(self, path: str, adapter: str, state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What this adapter's artifact contains: its trained copy, or the base value. From `state_dict` if live."""
+        installed = self.trained.installed == adapter
+        copy = None if installed else self.trained.parameters_of(self.model, adapter).get(path)
+        if copy is not None:
+            return copy
+        if path in self.trained.planned.get(adapter, {}) or self.is_bare(path):
+            return state_dict[PREFIX + self._state_path(path)]
+        return self.value(path)
+
+    def kept_digests(self, plan: Plan) -> dict[str, str]:
+        """Digest by name of each kept tensor that the artifact does not contain."""
+        unsaved = [tensor for tensor in plan.with_role("kept") if not tensor.saved]
+        return {tensor.name: sampled_digest(self.value(tensor.path)) for tensor in unsaved}
+
+    def verify_unsaved(self, plan: Plan) -> None:
+        """Before saving: what is not saved must be what the seed draws. A merged layer's weight is drawn again."""
+        for path, spec in plan.scaffold.items():
+            if self.is_bare(path):
+                self.verify(path, spec, full=False)
+
+    def verify(self, path: str, spec: ScaffoldTensor, full: bool) -> None:
+        """Compare a live weight, in its dtype, with what the seed draws: sampled runs, or every element.
+
+        Raises:
+            ValueError: they differ.
+        """
+        live = getattr(*owner_of(self.model, path)).detach()
+        if full:
+            same = torch.equal(spec.draw(live.dtype), live.cpu())
+        else:
+            flat = live.reshape(-1)
+            same = all(
+                torch.equal(spec.draw_slice(at, min(at + 64, spec.numel), live.dtype), flat[at : at + 64].cpu())
+                for at in run_starts(spec.numel)
+            )
+        if not same:
+            raise ValueError(
+                f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
+                "merged into (see unmerge_adapter), or cast to a smaller dtype and back."
+            )
+
+    def _merged_layer(self, path: str) -> ScaffoldLayer | None:
+        layer = self.model.get_submodule(path.rpartition(".")[0])
+        if isinstance(layer, ScaffoldLayer) and layer.merged and path.endswith(".weight"):
+            return layer
+        return None
+
+    def _state_path(self, path: str) -> str:
+        """The path that a base tensor has now that PEFT has wrapped some modules."""
+        parts = []
+        module = self.model
+        *parents, attribute = path.split(".")
+        for parent in parents:
+            parts.append(parent)
+            module = getattr(module, parent)
+            if isinstance(module, BaseTunerLayer):
+                parts.append("base_layer")
+                module = module.base_layer  # type: ignore[assignment]
+        return ".".join([*parts, attribute])

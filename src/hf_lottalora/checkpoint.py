@@ -28,7 +28,7 @@ def saved_key(path: str) -> str:
 
 
 def manifest(plan: Plan) -> torch.Tensor:
-    """Seed, format and digests as a uint8 tensor of JSON, shape `(n,)`."""
+    """Seed, format, digests and scaling factors as a uint8 tensor of JSON, shape `(n,)`."""
     digests = plan.scaffold_digests()
     content = {
         "format_version": FORMAT_VERSION,
@@ -37,6 +37,7 @@ def manifest(plan: Plan) -> torch.Tensor:
         "digest": combined_digest(plan.seed, digests),
         "scaffold": digests,
         "kept": plan.kept_digests,
+        "scaling": {adapter.path: adapter.scaling for adapter in plan.adapters},
     }
     data = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -57,6 +58,7 @@ def read_manifest(tensor: torch.Tensor | None, where: str) -> dict[str, Any]:
         content = json.loads(bytes(tensor.cpu().contiguous().numpy()))
         version, generator, _ = content["format_version"], content["generator"], content["seed"]
         digest = combined_digest(content["seed"], content["scaffold"])
+        content["kept"], content["scaling"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} has a damaged {MANIFEST_KEY!r} ({error}).") from error
     if version != FORMAT_VERSION or generator != GENERATOR:
@@ -103,12 +105,19 @@ def check_state_dict(plan: Plan, state_dict: Mapping[str, torch.Tensor], where: 
     """Refuse a state dict that is not exactly what this plan saves. Changes nothing.
 
     Raises:
-        ValueError: no manifest, another seed, format or scaffold, a missing or foreign key, or a shape that differs;
-            the message names the first one.
+        ValueError: no manifest, another seed, format or scaffold, a missing or foreign key, or a shape or a scaling
+            factor that differs; the message names the first one.
     """
     content = read_manifest(state_dict.get(MANIFEST_KEY), where)
-    check_scaffold(plan, content["seed"], content["scaffold"], content.get("kept", {}), where)
+    check_scaffold(plan, content["seed"], content["scaffold"], content["kept"], where)
     check_shapes(plan, {key: tuple(value.shape) for key, value in state_dict.items()}, where, "Nothing was loaded.")
+    for adapter in plan.adapters:  # the same ones: their keys were just compared
+        trained_with = content["scaling"].get(adapter.path)
+        if trained_with != adapter.scaling:
+            raise ValueError(
+                f"{where} was trained with B A of {adapter.path!r} scaled by {trained_with} (alpha / r), this model "
+                f"scales it by {adapter.scaling}. Nothing was loaded. Check lora_alpha, alpha_pattern and use_rslora."
+            )
 
 
 def check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str, advice: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import PeftType
 
-from .artifact import check_artifact_files, complete_artifact
+from .artifact import check_artifact_files, check_not_pickled, complete_artifact
 from .draw import FORMAT_VERSION, GENERATOR, check_seed
 from .families import get_family
 
@@ -255,8 +255,12 @@ class LottaLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`; called last by `PeftModel.save_pretrained`, it also completes the artifact
-        (`config.json`, model card) and checks what was written.
+        (`config.json`, model card).
+
+        Raises:
+            ValueError: the weights were pickled (`safe_serialization=False`).
         """
+        check_not_pickled(save_directory)
         recorded: dict[str, Any] = {}
         if self._plan is not None:
             recorded = {**self._plan.recorded_digests(), "other_dtypes": self._other_dtypes}

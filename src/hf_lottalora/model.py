@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +14,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .artifact import check_architecture
-from .base_model import check_loadable, materialise, other_dtypes
+from .base_model import BaseTensors, check_loadable, materialise, other_dtypes
 from .checkpoint import MANIFEST_KEY, PREFIX, check_scaffold, check_shapes, check_state_dict, manifest, saved_key
 from .config import LottaLoraConfig
 from .initialization import untouched_rng
 from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
-from .plan import Plan, PlannedTensor
+from .plan import Plan
 from .planner import plan_from_survey, warn_if_pretrained
-from .scaffold import ScaffoldTensor, run_starts, sampled_digest
+from .second_adapter import check_second_adapter
 from .survey import Survey, owner_of, survey_model, with_model_dtypes
 from .trained import TrainedTensors
 
@@ -30,6 +31,20 @@ class _Handled(list[str]):
 
     def __bool__(self) -> bool:
         return False
+
+
+class _Complete(dict[str, torch.Tensor]):
+    """The tensors of an artifact, to which PEFT adds none: embeddings are in it, or drawn from the seed."""
+
+    def update(self, other: Any = (), /, **kwargs: Any) -> None:
+        """Warn where PEFT adds an embedding, as for `save_embedding_layers=True` or a resized vocabulary."""
+        added = sorted(dict(other, **kwargs).keys() - self.keys())
+        if added:
+            warnings.warn(
+                f"save_embedding_layers adds nothing to a LottaLoRA artifact: {', '.join(added)} is drawn from the "
+                "seed, or tied to what is saved.",
+                stacklevel=2,
+            )
 
 
 class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
@@ -56,6 +71,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
     def _pre_injection_hook(self, model: nn.Module, config: LottaLoraConfig, adapter_name: str) -> None:
         self.survey = None
         self.trained = TrainedTensors()
+        self.base = BaseTensors(model, self.trained)
         self._layers_disabled = False
         self.plans: dict[str, Plan] = {}
 
@@ -87,9 +103,10 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
             )
         survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
         plan = plan_from_survey(survey, config)
-        self._check_second(plan, config, adapter_name)
+        if not first:
+            check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
         check_loadable(model, plan)
-        plan.kept_digests.update(self._kept_digests(model, plan))
+        plan.kept_digests.update(self.base.kept_digests(plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, config.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
         check_architecture(config._artifact_architecture, plan.survey.architecture)
@@ -113,51 +130,6 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         config.target_modules = requested
         self._finish_adapters(model, adapter_name, plan, config)
         self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
-
-    def _check_second(self, plan: Plan, config: LottaLoraConfig, adapter_name: str) -> None:
-        """A further adapter shares the base model, and what that is was fixed by the first one."""
-        if self.survey is None:
-            return
-        for option in ("seed", "family", "scale", "redraw", "save_kept"):
-            if getattr(self.first_config, option) != getattr(config, option):
-                raise ValueError(
-                    f"Adapter {adapter_name!r} has {option}={getattr(config, option)!r}, but this model's scaffold was "
-                    f"made with {option}={getattr(self.first_config, option)!r} by its first adapter. Adapters share "
-                    "one scaffold: use the same value, or build a second model."
-                )
-        for mine, first in zip(plan.tensors, self.first_plan.tensors, strict=True):
-            if not _same_base(mine.base, first.base):
-                raise ValueError(
-                    f"Adapter {adapter_name!r} needs {mine.path!r} as {_described(mine)}, but this model's first "
-                    f"adapter made it {_described(first)}. Adapters share one base model: use the same target_modules, "
-                    "modules_to_save, head and embeddings, or build a second model."
-                )
-        if any(t.survey.kind == "buffer" and _is_running_statistic(t.path) for t in plan.tensors):
-            raise ValueError(
-                f"Adapter {adapter_name!r} cannot be added: the model has running statistics (BatchNorm), of which "
-                "there is one copy, and every adapter trains its own. Build a second model."
-            )
-
-    def _kept_digests(self, model: nn.Module, plan: Plan) -> dict[str, str]:
-        unsaved = [tensor for tensor in plan.with_role("kept") if not tensor.saved]
-        return {tensor.name: sampled_digest(self._base_value(model, tensor.path)) for tensor in unsaved}
-
-    def _is_base(self, path: str) -> bool:
-        """Whether the live tensor is the base model's own: nothing trained stands there, nothing is merged into it."""
-        installed = self.trained.planned.get(self.trained.installed or "", {})
-        return path not in installed and self._merged_layer(path) is None
-
-    def _merged_layer(self, path: str) -> ScaffoldLayer | None:
-        layer = self.model.get_submodule(path.rpartition(".")[0])
-        merged = isinstance(layer, ScaffoldLayer) and layer.merged and path.endswith(".weight")
-        return layer if merged else None
-
-    def _base_value(self, model: nn.Module, path: str) -> torch.Tensor:
-        """The value of a tensor without any adapter."""
-        layer = self._merged_layer(path)
-        if layer is not None:
-            return layer.original_weight()
-        return self.trained.base_value(model, path)
 
     @staticmethod
     def _check_target_module_exists(peft_config: LottaLoraConfig, key: str) -> bool:
@@ -281,7 +253,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
     ) -> dict[str, torch.Tensor]:
         tuner = _tuner_of(model)
         plan = config._plan = tuner.plans[adapter_name]  # the config may have been used for another model since
-        tuner._verify_unmerged(plan)
+        tuner.base.verify_unsaved(plan)
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
         config._other_dtypes = other_dtypes(tuner.model, config._saved_dtype)
         selected = {MANIFEST_KEY: manifest(plan)}
@@ -290,31 +262,14 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
                 kind, _, weight = name.partition(".")
                 key = PREFIX + ".".join(filter(None, (adapter.path, kind, adapter_name, weight)))
                 selected[key] = state_dict[key]
-        installed = tuner.trained.installed == adapter_name
-        shelved = {} if installed else tuner.trained.parameters_of(tuner.model, adapter_name)
-        for path in plan.saved:
-            value = shelved.get(path)
-            if value is None and (path in tuner.trained.planned.get(adapter_name, {}) or tuner._is_base(path)):
-                value = state_dict[PREFIX + tuner._live_path(path)]
-            selected[saved_key(path)] = tuner._base_value(tuner.model, path) if value is None else value
+        selected.update(
+            {saved_key(path): tuner.base.saved_value(path, adapter_name, state_dict) for path in plan.saved}
+        )
         shapes = {
             cls._remove_adapter_name_from_key(key, adapter_name): tuple(value.shape) for key, value in selected.items()
         }
         check_shapes(plan, shapes, "The model", "Change a model (its vocabulary, say) before get_peft_model.")
-        return selected
-
-    def _live_path(self, path: str) -> str:
-        """The path that a base tensor has now that PEFT has wrapped some modules."""
-        parts = []
-        module: nn.Module = self.model
-        *parents, attribute = path.split(".")
-        for parent in parents:
-            parts.append(parent)
-            module = getattr(module, parent)
-            if isinstance(module, BaseTunerLayer):
-                parts.append("base_layer")
-                module = module.base_layer
-        return ".".join([*parts, attribute])
+        return _Complete(selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -335,7 +290,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
                 value = state_dict.pop(saved_key(path))
                 if path in trained:
                     trained[path].copy_(value)
-                elif tuner._is_base(path):
+                elif tuner.base.is_bare(path):
                     getattr(*owner_of(tuner.model, path)).copy_(value)
                 # else another adapter's copy stands there; the base value is shared and was checked to be the same
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
@@ -365,29 +320,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
             ValueError: a weight differs; the first such tensor is named. Also while adapters are merged.
         """
         for path, spec in self.get_plan().scaffold.items():
-            self._verify(path, spec, full)
-
-    def _verify_unmerged(self, plan: Plan) -> None:
-        """Before saving: what is not saved must be what the seed draws. A merged layer's weight is drawn again."""
-        for path, spec in plan.scaffold.items():
-            if self._is_base(path):
-                self._verify(path, spec, full=False)
-
-    def _verify(self, path: str, spec: ScaffoldTensor, full: bool) -> None:
-        live = getattr(*owner_of(self.model, path)).detach()
-        if full:
-            same = torch.equal(spec.draw(live.dtype), live.cpu())
-        else:
-            flat = live.reshape(-1)
-            same = all(
-                torch.equal(spec.draw_slice(at, min(at + 64, spec.numel), live.dtype), flat[at : at + 64].cpu())
-                for at in run_starts(spec.numel)
-            )
-        if not same:
-            raise ValueError(
-                f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
-                "merged into (see unmerge_adapter), or cast to a smaller dtype and back."
-            )
+            self.base.verify(path, spec, full)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -407,22 +340,6 @@ def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "
             "two could not be told apart in a saved file. Choose another adapter_name."
         )
-
-
-def _same_base(one: ScaffoldTensor | torch.Tensor | None, other: ScaffoldTensor | torch.Tensor | None) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
-    return type(one) is type(other) and one == other
-
-
-def _described(tensor: PlannedTensor) -> str:
-    if isinstance(tensor.base, ScaffoldTensor):
-        return f"drawn ({tensor.base.family}, scale {tensor.base.scale:.4g})"
-    return "it was" if tensor.base is None else "the architecture's constant"
-
-
-def _is_running_statistic(path: str) -> bool:
-    return path.endswith(("running_mean", "running_var"))
 
 
 def _as_list(names: list[str] | None) -> list[str]:

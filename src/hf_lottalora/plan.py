@@ -63,13 +63,14 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """A, B and beta over one module; a tied head shares those of the input embedding and has none of its own."""
+    """A, B, beta and the factor on B A over one module; a tied head shares those of the input embedding."""
 
     path: str
     kind: Literal["linear", "embedding", "tied_head"]
     in_features: int
     out_features: int
     r: int
+    scaling: float
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

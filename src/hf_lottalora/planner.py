@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -159,7 +160,7 @@ def _plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> 
         adapters.append(embedding)
         if _tied_tensor(survey) is not None:
             adapters = [a for a in adapters if a.path != survey.output_embeddings]
-            adapters.append(PlannedAdapter(str(survey.output_embeddings), "tied_head", 0, 0, config.r))
+            adapters.append(replace(embedding, path=str(survey.output_embeddings), kind="tied_head"))
     return adapters
 
 
@@ -194,7 +195,10 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, kind: Literal["lin
         )
     pattern = get_pattern_key((config.rank_pattern or {}).keys(), module.path)
     rank: int = (config.rank_pattern or {}).get(pattern) or config.r
-    return PlannedAdapter(module.path, kind, module.in_features, module.out_features, rank)
+    alphas: dict[str, Any] = config.alpha_pattern or {}
+    alpha: Any = alphas.get(get_pattern_key(alphas.keys(), module.path), config.lora_alpha)
+    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return PlannedAdapter(module.path, kind, module.in_features, module.out_features, rank, scaling)
 
 
 def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
