@@ -25,6 +25,10 @@ CASES = [
     (7, "layers.1.mlp.up_proj.weight", (31, 9), "binary", 1 / 3, None, "bfloat16"),
     (7, "größe.weight", (1000, 1000), "normal", 1.0, None, "float32"),
     (7, "layers.1.mlp.up_proj.weight", (3, 5), "zero", 1.0, None, "float32"),
+    (7, "layers.1.mlp.up_proj.weight", (31, 9), "normal_8bit", 0.5, None, "float32"),
+    (7, "layers.1.mlp.up_proj.weight", (31, 9), "normal_4bit", 0.5, None, "bfloat16"),
+    (7, "layers.1.mlp.up_proj.weight", (31, 9), "ternary", 0.5, None, "float32"),
+    (7, "layers.1.mlp.up_proj.weight", (31, 9), "student_t", 0.5, None, "float32"),
 ]
 
 

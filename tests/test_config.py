@@ -44,7 +44,7 @@ def test_paper_defaults() -> None:
         ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
         ({"adapter_seed": -1}, ValueError, "adapter_seed must satisfy"),
         ({"family": "gauss"}, ValueError, "family must be one of"),
-        ({"scale": 0}, ValueError, "scale must be 'fan_in', 'initializer_range' or a positive number, got 0"),
+        ({"scale": 0}, ValueError, "scale must be None, 'fan_in', .* or a positive number for family 'normal', got 0"),
         ({"scale": float("nan")}, ValueError, "got nan"),
         ({"scale": "kaimin"}, ValueError, "got 'kaimin'"),
         ({"r": 0}, ValueError, "r must be a positive integer, got 0"),

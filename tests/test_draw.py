@@ -72,7 +72,7 @@ def test_golden_bytes(index: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    family=st.sampled_from(["normal", "uniform", "binary", "zero"]),
+    family=st.sampled_from(["normal", "uniform", "binary", "zero", "normal_8bit", "normal_4bit", "ternary"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     rows=st.integers(1, 300),
     columns=st.integers(1, 40),

@@ -21,7 +21,7 @@ from .auto import (  # noqa: E402
 from .config import LottaLoraConfig  # noqa: E402
 from .distributed import RanksAgreeCallback, check_ranks_agree  # noqa: E402
 from .draw import FORMAT_VERSION  # noqa: E402
-from .families import FAMILIES, Family, get_family  # noqa: E402
+from .families import FAMILIES, Family, get_family, register_family  # noqa: E402
 from .model import LottaLoraModel  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .planner import make_plan  # noqa: E402
@@ -46,4 +46,5 @@ __all__ = [
     "check_ranks_agree",
     "get_family",
     "make_plan",
+    "register_family",
 ]

@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from .artifact import check_artifact_files, check_not_pickled, complete_artifact
 from .draw import FORMAT_VERSION, GENERATOR, check_seed
 from .families import get_family
+from .scales import SCALE_RULES
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -78,15 +79,18 @@ class LottaLoraConfig(LoraConfig):
     family: str = field(
         default="normal",
         metadata={
-            "help": "Distribution of the scaffold: normal, uniform, binary or zero (paper section 2). "
-            "Zero is the ablation: give it init_lora_weights=False, or W = 0 and B = 0 pass no gradient on."
+            "help": "Distribution of the scaffold: the paper's 22 (section 2), ternary, zero, or one made known by "
+            "`register_family`; `hf_lottalora.FAMILIES` lists them. Zero is the ablation: give it "
+            "init_lora_weights=False, or W = 0 and B = 0 pass no gradient on."
         },
     )
-    scale: str | float = field(
-        default="fan_in",
+    scale: str | float | None = field(
+        default=None,
         metadata={
-            "help": "Standard deviation of a drawn matrix: 'fan_in' = 1/sqrt(d_in) (default, paper section 1), "
-            "'initializer_range' = the architecture's own, or a positive number. Embeddings use the architecture's."
+            "help": "Standard deviation of a drawn matrix: 'fan_in' = 1/sqrt(d_in) (paper section 1), 'kaiming' (a = "
+            "sqrt(5)), 'xavier' (gain 1), 'initializer_range' = the architecture's own, or a positive number. Default: "
+            "the family's own rule, fan_in for most. Orthogonal and spectral_radius have a gain, 1 by default. "
+            "Embeddings use the architecture's."
         },
     )
     redraw: Redraw = field(
@@ -172,7 +176,8 @@ class LottaLoraConfig(LoraConfig):
         self.seed = check_seed(self.seed)
         if self.adapter_seed is not None:
             self.adapter_seed = check_seed(self.adapter_seed, "adapter_seed")
-        get_family(self.family)
+        if self.scale is None:
+            self.scale = get_family(self.family).scale_rule
         self._check_choices()
         self._check_rank()
         self._check_refused()
@@ -202,11 +207,14 @@ class LottaLoraConfig(LoraConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
-        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
-        if self.scale not in ("fan_in", "initializer_range") and not (
-            number and 1e-30 < self.scale < 1e30  # type: ignore[operator]
-        ):
-            raise ValueError(f"scale must be 'fan_in', 'initializer_range' or a positive number, got {self.scale!r}.")
+        rule, gain = self.scale, get_family(self.family).scale_rule == "gain"
+        number = isinstance(rule, (int, float)) and not isinstance(rule, bool) and 1e-30 < rule < 1e30
+        if not (number or (rule in SCALE_RULES and (rule == "gain") == gain)):
+            rules = [] if gain else [name for name in SCALE_RULES if name != "gain"]
+            raise ValueError(
+                f"scale must be None, {', '.join(map(repr, [*rules]))}{', ' if rules else ''}or a positive number for "
+                f"family {self.family!r}, got {rule!r}."
+            )
 
     def _check_rank(self) -> None:
         for where, rank in [("r", self.r), *(("rank_pattern", r) for r in (self.rank_pattern or {}).values())]:

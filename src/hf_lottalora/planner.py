@@ -15,8 +15,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from .families import get_family
 from .plan import Plan, PlannedAdapter, PlannedTensor, Role
 from .scaffold import ScaffoldTensor
+from .scales import scale_of
 from .survey import Survey, SurveyedModule, SurveyedTensor, survey_model
 from .targets import ATTENTION_PROJECTIONS
 
@@ -105,17 +107,18 @@ def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: se
 
 
 def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig) -> ScaffoldTensor:
-    if tensor.kind != "matrix" or config.scale == "initializer_range":
-        scale = survey.initializer_range
-        if scale is None:
-            raise ValueError(
-                f"A plain nn.Module has no initializer_range to scale {tensor.path!r} by. Pass scale='fan_in' or a "
-                "number, and embeddings='train'."
-            )
-    else:
-        scale = 1 / math.sqrt(tensor.fan_in) if config.scale == "fan_in" else float(config.scale)
+    matrix = tensor.kind == "matrix"
+    rule = config.scale if matrix and config.scale is not None else "initializer_range"
+    scale = scale_of(rule, tensor.fan_in, tensor.fan_out, survey.initializer_range)
+    if scale is None:
+        raise ValueError(
+            f"A plain nn.Module has no initializer_range to scale {tensor.path!r} by. Pass scale='fan_in' or a "
+            "number, and embeddings='train'."
+        )
+    # A table is no matrix: the size of its rows is the architecture's, whatever the family says about a spectrum.
+    family = config.family if matrix or get_family(config.family).exact else "normal"
     return ScaffoldTensor(
-        tensor.name, tensor.shape, int(config.seed or 0), config.family, scale, zero_row=tensor.zero_row
+        tensor.name, tensor.shape, int(config.seed or 0), family, scale, tensor.zero_row, tensor.stacked
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from .draw import FORMAT_VERSION, Draw, draw_blocks, flat_bits, scaled_table, stream_key
 from .families import get_family
+from .matrix_families import transformed
 
 # The digest reads the first, the last and 64 evenly spaced runs of 64 elements: milliseconds, at any size.
 _RUN, _RUNS = 64, 66
@@ -28,6 +29,7 @@ class ScaffoldTensor:
         family: name of the table.
         scale: standard deviation under any family but "zero"; rounded to float32 when drawn.
         zero_row: index of a row that is zero whatever the stream says (an embedding's padding row).
+        stacked: how many matrices it holds along its leading dimensions; matters to `matrix_families` alone.
     """
 
     name: str
@@ -36,6 +38,12 @@ class ScaffoldTensor:
     family: str = "normal"
     scale: float = 1.0
     zero_row: int | None = None
+    stacked: int = 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is the same to the bit everywhere, or to the tolerance of linear algebra."""
+        return get_family(self.family).exact
 
     @property
     def numel(self) -> int:
@@ -58,6 +66,8 @@ class ScaffoldTensor:
         """
         if not 0 <= start <= stop <= self.numel:
             raise IndexError(f"slice [{start}, {stop}) of {self.name!r}, which has {self.numel} elements")
+        if not self.exact:
+            return self.draw(dtype).flatten()[start:stop]
         values = torch.empty(stop - start, dtype=dtype)
         draw_blocks([self._job(values, start)])
         if self.zero_row is not None:
@@ -69,9 +79,10 @@ class ScaffoldTensor:
     def digest(self) -> str:
         """BLAKE2b-128 over name, shape, table, scale and the float32 stream values of 66 runs.
 
-        Independent of dtype, device and residency. The padding row enters by its index.
+        Independent of dtype, device and residency. The padding row enters by its index. What is equal to tolerance
+        only enters by the normals it is computed from.
         """
-        head = repr((self.name, self.shape, get_family(self.family).table_digest, self.zero_row)).encode()
+        head = repr((self.name, self.shape, get_family(self.family).identity, self.zero_row)).encode()
         state = hashlib.blake2b(head, digest_size=16)
         state.update(np.float32(self.scale).astype("<f4").tobytes())
         runs = [torch.empty(min(_RUN, self.numel)) for _ in run_starts(self.numel)]
@@ -98,13 +109,16 @@ def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | Non
 
     A destination elsewhere, or not contiguous, is drawn on the CPU and copied, one at a time: the values are the same.
     """
-    direct = {s: t.detach() for s, t in targets.items() if t.device.type == "cpu" and t.is_contiguous()}
+    direct = {s: t.detach() for s, t in targets.items() if s.exact and t.device.type == "cpu" and t.is_contiguous()}
     draw_blocks((scaffold._job(tensor) for scaffold, tensor in direct.items()), threads)
     for scaffold, tensor in direct.items():
         if scaffold.zero_row is not None:
             tensor[scaffold.zero_row] = 0
     for scaffold, target in targets.items():
-        if scaffold not in direct:
+        if not scaffold.exact:
+            normals = replace(scaffold, family="normal", scale=1.0).draw(torch.float64, threads=threads)
+            target.detach().copy_(transformed(scaffold.family, normals, scaffold.stacked) * scaffold.scale)
+        elif scaffold not in direct:
             target.detach().copy_(scaffold.draw(target.dtype, threads=threads))
 
 

@@ -38,6 +38,8 @@ class SurveyedTensor:
         tied_head: whether the head uses it although it is the input embedding.
         init: what the architecture's own initialisation makes of it.
         fan_in: inputs per output (matrices; for a bias those of its layer), else 0.
+        fan_out: outputs per input, likewise.
+        stacked: how many matrices it holds, more than 1 for fused experts.
         zero_row: padding row of an embedding.
     """
 
@@ -51,6 +53,8 @@ class SurveyedTensor:
     tied_head: bool
     init: InitialValue
     fan_in: int = 0
+    fan_out: int = 0
+    stacked: int = 1
     zero_row: int | None = None
 
     @property
@@ -172,7 +176,7 @@ def survey_model(model: nn.Module) -> Survey:
                 in_head=in_head(path),
                 tied_head=not in_head(path) and any(in_head(a) for a in aliases),
                 init=init[key],
-                fan_in=_fan_in(module, attribute, tensor),
+                **_fans(module, tensor),
                 zero_row=getattr(module, "padding_idx", None) if kinds[key] == "embedding" else None,
             )
         )
@@ -241,14 +245,19 @@ def _kind_given_init(kind: Kind, attribute: str, tensor: torch.Tensor, init: Ini
     return kind
 
 
-def _fan_in(module: nn.Module, attribute: str, tensor: torch.Tensor) -> int:
+def _fans(module: nn.Module, tensor: torch.Tensor) -> dict[str, int]:
     weight = getattr(module, "weight", None)
     if isinstance(module, (nn.Linear, Conv1D, _ConvNd)) and isinstance(weight, torch.Tensor):
         shape = weight.shape
-        return shape[0] if isinstance(module, Conv1D) else math.prod(shape[1:])
+        if isinstance(module, Conv1D):
+            return {"fan_in": shape[0], "fan_out": shape[1]}
+        return {"fan_in": math.prod(shape[1:]), "fan_out": shape[0] * math.prod(shape[2:])}
     if tensor.ndim < 2:
-        return 0
-    return int(tensor.shape[-2 if getattr(module, "is_transposed", False) else -1])
+        return {}
+    d_in, d_out = tensor.shape[-1], tensor.shape[-2]
+    if getattr(module, "is_transposed", False):
+        d_in, d_out = d_out, d_in
+    return {"fan_in": d_in, "fan_out": d_out, "stacked": math.prod(tensor.shape[:-2])}
 
 
 def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule]:
