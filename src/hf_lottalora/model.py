@@ -21,6 +21,7 @@ from .initialization import untouched_rng
 from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
 from .plan import Plan
 from .planner import plan_from_survey, warn_if_pretrained
+from .reseed import SeedSwitching
 from .second_adapter import check_second_adapter
 from .survey import Survey, owner_of, survey_model, with_model_dtypes
 from .trained import TrainedTensors
@@ -47,7 +48,7 @@ class _Complete(dict[str, torch.Tensor]):
             )
 
 
-class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
+class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
     """The tuner that `get_peft_model(model, LottaLoraConfig(...))` puts around a model.
 
     Everything is planned and validated first; then the scaffold is drawn, once, and adapters are injected. Its public
@@ -108,7 +109,7 @@ class LottaLoraModel(lora.LoraModel):  # type: ignore[misc]
         check_loadable(model, plan)
         plan.kept_digests.update(self.base.kept_digests(plan))
         if config.scaffold_digests is not None:
-            check_scaffold(plan, config.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
+            check_scaffold(plan, plan.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
         check_architecture(config._artifact_architecture, plan.survey.architecture)
         if config._artifact_shapes is not None:
             check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .families import get_family
+from .matrix_families import TRANSFORMS
 from .plan import Plan, PlannedAdapter, PlannedTensor, Role
 from .scaffold import ScaffoldTensor
 from .scales import scale_of
@@ -115,8 +115,8 @@ def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConf
             f"A plain nn.Module has no initializer_range to scale {tensor.path!r} by. Pass scale='fan_in' or a "
             "number, and embeddings='train'."
         )
-    # A table is no matrix: the size of its rows is the architecture's, whatever the family says about a spectrum.
-    family = config.family if matrix or get_family(config.family).exact else "normal"
+    # A look-up table has no spectrum, and a scaffold that is switched off still needs something to read.
+    family = config.family if matrix or config.family not in ("zero", *TRANSFORMS) else "normal"
     return ScaffoldTensor(
         tensor.name, tensor.shape, int(config.seed or 0), family, scale, tensor.zero_row, tensor.stacked
     )

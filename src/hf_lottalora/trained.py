@@ -68,6 +68,10 @@ class TrainedTensors(nn.Module):
         self.adapters[adapter] = shelf
         self.planned[adapter] = planned
 
+    def replan(self, adapter: str, plan: Plan) -> None:
+        """The base values beneath are drawn from another seed now; the adapter's copies stay as they are."""
+        self.planned[adapter] = {tensor.path: tensor for tensor in plan.with_role("trained")}
+
     def install(self, model: nn.Module, adapter: str | None) -> None:
         """Put this adapter's copies in place; with None, or where it has none, the base values."""
         if adapter == self.installed:
