@@ -25,6 +25,7 @@ from .families import FAMILIES, Family, get_family, register_family  # noqa: E40
 from .model import LottaLoraModel  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .planner import make_plan  # noqa: E402
+from .resampling import ResampleScaffoldCallback, ScaffoldResampler  # noqa: E402
 from .scaffold import ScaffoldTensor  # noqa: E402
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "LottaLoraModel",
     "Plan",
     "RanksAgreeCallback",
+    "ResampleScaffoldCallback",
+    "ScaffoldResampler",
     "ScaffoldTensor",
     "check_ranks_agree",
     "get_family",

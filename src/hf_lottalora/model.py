@@ -252,7 +252,7 @@ class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        tuner = _tuner_of(model)
+        tuner = tuner_of(model)
         plan = config._plan = tuner.plans[adapter_name]  # the config may have been used for another model since
         tuner.base.verify_unsaved(plan)
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
@@ -281,7 +281,7 @@ class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """Every way of loading passes here: check all of it, then fill trained and kept tensors; PEFT does the rest."""
-        tuner = _tuner_of(model)
+        tuner = tuner_of(model)
         plan = tuner.plans[adapter_name]
         check_state_dict(plan, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
@@ -347,7 +347,13 @@ def _as_list(names: list[str] | None) -> list[str]:
     return [] if names is None else list(names)  # "or []" would drop a _Handled list
 
 
-def _tuner_of(model: nn.Module) -> LottaLoraModel:
+def tuner_of(model: nn.Module) -> LottaLoraModel:
+    """The LottaLoRA tuner of a `PeftModel`, also one that DDP has wrapped.
+
+    Raises:
+        ValueError: it has none.
+    """
+    model = getattr(model, "module", model)
     tuner = getattr(model, "base_model", model)
     if not isinstance(tuner, LottaLoraModel):
         raise ValueError(f"Expected a PeftModel with a LottaLoRA adapter, got {type(model).__name__}.")
