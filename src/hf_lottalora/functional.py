@@ -110,7 +110,62 @@ class ScaledEmbedding(torch.autograd.Function):
         return dbeta.to(beta.dtype).reshape(1), None, None
 
 
+class ScaledConv(torch.autograd.Function):
+    """`beta * conv(x, W)` for x `(N, I, ...)`, keeping only x: d beta = <g, conv(x, W)> = <conv^T(g, W), x>."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        beta: torch.Tensor,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            none = (0,) * len(stride)
+            y = torch.convolution(x, _cast(weight, x.dtype), None, stride, padding, dilation, False, none, groups)
+            return y.mul_(beta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, beta, *ctx.options = inputs
+        ctx.save_for_backward(x, weight, beta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, beta = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.options
+        need_x, need_weight, need_beta = ctx.needs_input_grad[:3]
+        dx = dweight = dbeta = None
+        with torch.autocast(x.device.type, enabled=False):
+            dx, dweight, _ = torch.ops.aten.convolution_backward(
+                grad.to(x.dtype),
+                x,
+                _cast(weight, x.dtype),
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                (0,) * len(stride),
+                groups,
+                (need_x or need_beta, need_weight, False),
+            )
+            if need_beta:
+                exact = torch.promote_types(x.dtype, torch.float32)
+                dbeta = (dx * x).sum(dtype=exact).to(beta.dtype).reshape(1)
+            dx = dx * beta.to(dx.dtype) if need_x else None
+            dweight = (dweight * beta).to(weight.dtype) if need_weight else None
+        return dx, dweight, dbeta, None, None, None, None
+
+
 def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
-    # A weight is cast only where autocast would cast it; otherwise a mismatch is the caller's error, as in nn.Linear.
-    weight = weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) else weight
+    weight = _cast(weight, dtype)
     return weight.t() if weight_is_IO else weight
+
+
+def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # A weight is cast only where autocast would cast it; otherwise a mismatch is the caller's error, as in nn.Linear.
+    return weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) else weight

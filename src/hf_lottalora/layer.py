@@ -58,7 +58,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             if zero_B and role == ("A" if embedding else "B"):
                 nn.init.zeros_(tensor)
                 continue
-            family, scale = ("normal", 1.0) if embedding else ("uniform", 1 / math.sqrt(3 * tensor.shape[1]))
+            family, scale = ("normal", 1.0) if embedding else ("uniform", 1 / math.sqrt(3 * tensor[0].numel()))
             spec = ScaffoldTensor(f"{path}.lora_{role}.weight", tuple(tensor.shape), seed, family, scale)
             with torch.no_grad():
                 tensor.copy_(spec.draw(tensor.dtype, tensor.device))
@@ -87,9 +87,12 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         original = self.original_weight()
         exact = torch.promote_types(original.dtype, torch.float32)
         A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
-        product = (B @ A) * self.scaling[adapter]
-        product = product.t() if self._weight_is_IO else product
+        product = self._product(A, B) * self.scaling[adapter]
         return (self.lora_beta[adapter].detach().to(exact) - 1) * original.to(exact) + product
+
+    def _product(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """B A in the layout of W."""
+        return (B @ A).t() if self._weight_is_IO else B @ A
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """W <- beta W + scaling * B A, summed in float32 and rounded once.

@@ -11,12 +11,14 @@ import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .artifact import check_architecture
 from .base_model import BaseTensors, check_loadable, materialise, other_dtypes
 from .checkpoint import MANIFEST_KEY, PREFIX, check_scaffold, check_shapes, check_state_dict, manifest, saved_key
 from .config import LottaLoraConfig
+from .conv import ScaffoldConv
 from .initialization import untouched_rng
 from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
 from .plan import Plan
@@ -148,6 +150,8 @@ class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
         lora_config: LottaLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
         kwargs = {key: kwargs[key] for key in ("r", "lora_alpha", "target_name")}
+        if isinstance(target, _ConvNd):
+            return ScaffoldConv(target, adapter_name, config=lora_config, **kwargs)
         if isinstance(target, nn.Embedding):
             return ScaffoldEmbedding(target, adapter_name, config=lora_config, **kwargs)
         layer = ScaffoldLinear(target, adapter_name, config=lora_config, **kwargs)

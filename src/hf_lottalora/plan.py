@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     pass
 
 Role = Literal["scaffold", "trained", "kept"]
+AdapterKind = Literal["linear", "conv", "embedding", "tied_head"]
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -66,18 +67,21 @@ class PlannedAdapter:
     """A, B, beta and the factor on B A over one module; a tied head shares those of the input embedding."""
 
     path: str
-    kind: Literal["linear", "embedding", "tied_head"]
+    kind: AdapterKind
     in_features: int
     out_features: int
     r: int
     scaling: float
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the adapter's tensors by their name in the artifact, below the module's path."""
         r, d_in, d_out = self.r, self.in_features, self.out_features
-        if self.kind == "linear":
-            return {"lora_A.weight": (r, d_in), "lora_B.weight": (d_out, r), "lora_beta": (1,)}
+        if self.kind in ("linear", "conv"):
+            A, B = (r, d_in // self.groups, *self.kernel), (d_out, r // self.groups, *(1 for _ in self.kernel))
+            return {"lora_A.weight": A, "lora_B.weight": B, "lora_beta": (1,)}
         if self.kind == "embedding":
             return {"lora_embedding_A": (r, d_in), "lora_embedding_B": (d_out, r), "lora_beta": (1,)}
         return {}

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .matrix_families import TRANSFORMS
-from .plan import Plan, PlannedAdapter, PlannedTensor, Role
+from .plan import AdapterKind, Plan, PlannedAdapter, PlannedTensor, Role
 from .scaffold import ScaffoldTensor
 from .scales import scale_of
 from .survey import Survey, SurveyedModule, SurveyedTensor, survey_model
@@ -145,11 +145,11 @@ def _plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> 
         if (module.path in targets and not whole) or (
             module.in_head and config.head == "lora" and module.kind == "linear" and not whole
         ):
-            adapters.append(_adapter(module, config, "linear"))
-    if not any(adapter.kind == "linear" for adapter in adapters):
+            adapters.append(_adapter(module, config, "linear", "conv"))
+    if not adapters:
         raise ValueError(
-            f"target_modules={_shown(config.target_modules)} matches no linear layer of {survey.class_name} outside "
-            f"what is trained as a whole. {_linear_layers(survey)}"
+            f"target_modules={_shown(config.target_modules)} matches no linear layer or convolution of "
+            f"{survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
         )
     for tensor in survey.tensors:
         shared = [a.path for a in adapters if f"{a.path}.weight" in tensor.aliases]
@@ -189,11 +189,12 @@ def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapte
     return adapter if adapter.numel < module.in_features * module.out_features else None
 
 
-def _adapter(module: SurveyedModule, config: LottaLoraConfig, kind: Literal["linear", "embedding"]) -> PlannedAdapter:
-    if module.kind != kind:
+def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> PlannedAdapter:
+    if module.kind not in kinds:
         hint = "pass embeddings='lora' instead" if module.kind == "embedding" else "leave it out of target_modules"
         raise ValueError(
-            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear and Conv1D; "
+            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear, Conv1D and "
+            f"nn.Conv1d, 2d and 3d, not on classes that compute something else; "
             f"{hint}."
         )
     pattern = get_pattern_key((config.rank_pattern or {}).keys(), module.path)
@@ -201,7 +202,13 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, kind: Literal["lin
     alphas: dict[str, Any] = config.alpha_pattern or {}
     alpha: Any = alphas.get(get_pattern_key(alphas.keys(), module.path), config.lora_alpha)
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    return PlannedAdapter(module.path, kind, module.in_features, module.out_features, rank, scaling)
+    if rank % module.groups:
+        raise ValueError(
+            f"{module.path!r} is a convolution with groups={module.groups}: its rank must be a multiple of that, got "
+            f"r={rank}. Pass rank_pattern for it, or leave it out of target_modules."
+        )
+    sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
+    return PlannedAdapter(module.path, cast(AdapterKind, module.kind), *sizes)
 
 
 def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:

@@ -21,6 +21,7 @@ from .initialization import InitialValue, architecture_init
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "parameter", "buffer"]
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
@@ -68,11 +69,13 @@ class SurveyedModule:
     """A module that owns a weight matrix or table: its path, what PEFT would wrap it as, and its sizes."""
 
     path: str
-    kind: Literal["linear", "embedding", "other"]
+    kind: Literal["linear", "conv", "embedding", "other"]
     type_name: str
     in_features: int
     out_features: int
     in_head: bool
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,17 +271,21 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
             continue
         seen.add(id(module))
         shape = weight.shape
-        kind: Literal["linear", "embedding", "other"] = "other"
-        sizes = (0, 0)
+        kind: Literal["linear", "conv", "embedding", "other"] = "other"
+        kernel: tuple[int, ...] = ()
+        sizes, groups = (0, 0), 1
         # nn.MultiheadAttention reads its output projection's weight past forward, so an adapter there would be dead.
         past_forward = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not past_forward:
             kind, sizes = "linear", (shape[1], shape[0])
         elif isinstance(module, Conv1D):
             kind, sizes = "linear", (shape[0], shape[1])
+        elif isinstance(module, _CONVOLUTIONS) and type(module).forward in {c.forward for c in _CONVOLUTIONS}:
+            kind, sizes = "conv", (module.in_channels, module.out_channels)
+            kernel, groups = tuple(module.kernel_size), module.groups
         elif isinstance(module, nn.Embedding) and _looks_up_ids(module):
             kind, sizes = "embedding", (shape[0], shape[1])
-        yield SurveyedModule(path, kind, type(module).__name__, *sizes, in_head=in_head(f"{path}.weight"))
+        yield SurveyedModule(path, kind, type(module).__name__, *sizes, in_head(f"{path}.weight"), kernel, groups)
 
 
 def _looks_up_ids(module: nn.Embedding) -> bool:

@@ -1,0 +1,63 @@
+"""LottaLoRA over `nn.Conv1d`, `2d` and `3d`: the kernel as a matrix (paper section 1), applied as convolutions.
+
+Shapes: W `(O, I / groups, *kernel)`, A `(r, I / groups, *kernel)`, B `(O, r / groups, 1, ...)`. A has the stride,
+padding, dilation and groups of W, so that B A is a kernel of W's shape, also with groups.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import _ConvNd
+
+from .functional import ScaledConv, matmul_dtype
+from .layer import ScaffoldLayer
+
+
+class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
+    """`beta * conv(x, W) + scaling * B(A(x)) + bias`."""
+
+    def __init__(self, base_layer: Any, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():  # with groups: that merging is not supported; here it is
+            warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups")
+            super().__init__(base_layer, *args, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        """As PEFT's, but A has the groups, dilation and padding mode of the layer too."""
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+        base = self.get_base_layer()
+        options = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        A = type(base)(base.in_channels, r, base.kernel_size, bias=False, **options)
+        self.lora_A[adapter_name] = A.to(self.lora_B[adapter_name].weight.dtype)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _product(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        base = self.get_base_layer()
+        A, B = A.reshape(base.groups, -1, A[0].numel()), B.reshape(base.groups, -1, B[0].numel())
+        return (B @ A).reshape(base.weight.shape)
+
+    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        base = self.get_base_layer()
+        x = x.to(matmul_dtype(x))
+        unbatched = x.dim() < base.weight.dim()
+        rows = x.unsqueeze(0) if unbatched else x
+        padding: Any = base.padding
+        if base.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+            rows = F.pad(rows, base._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(base.kernel_size)
+        y = ScaledConv.apply(
+            rows, base.weight, self._total_beta(adapters), base.stride, padding, base.dilation, base.groups
+        )
+        y = y.squeeze(0) if unbatched else y
+        if base.bias is not None:
+            y = y + base.bias.to(y.dtype).view(-1, *(1 for _ in base.kernel_size))
+        for name in adapters:
+            A, B = self.lora_A[name], self.lora_B[name]
+            hidden = A._conv_forward(self.lora_dropout[name](x), A.weight.to(x.dtype), None)
+            y = y + B._conv_forward(hidden, B.weight.to(x.dtype), None) * self.scaling[name]
+        return y
