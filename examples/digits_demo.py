@@ -225,6 +225,10 @@ def main() -> int:
     if args.rebuild:
         rebuild(*args.rebuild)
         return 0
+    try:
+        config = hf_lottalora.LottaLoraConfig(seed=args.seed, r=args.r)
+    except ValueError as error:
+        sys.exit(f"digits_demo.py: error: {error}")
     check_output_dir(args.output_dir)
     artifact = args.output_dir / "artifact"
     data = load_data()
@@ -236,7 +240,7 @@ def main() -> int:
         transformers.set_seed(args.seed)
         model: nn.Module = ViTForImageClassification(ARCHITECTURE)
         if key == "lottalora":
-            model = get_peft_model(model, hf_lottalora.LottaLoraConfig(seed=args.seed, r=args.r))
+            model = get_peft_model(model, config)
         start = time.perf_counter()
         curves[label] = train(model, label, data, args)
         seconds = time.perf_counter() - start

@@ -55,7 +55,10 @@ class ModelArguments:
     )
     config_name: str | None = field(
         default=None,
-        metadata={"help": "Architecture alone, from the hub or a folder with config.json: no weights are downloaded."},
+        metadata={
+            "help": "Architecture alone, from the hub or a folder with config.json: no weights are downloaded. Pass "
+            "--tokenizer_name too where it has no tokenizer."
+        },
     )
     config_overrides: str | None = field(
         default=None,
@@ -118,6 +121,7 @@ class LottaLoraArguments:
             embeddings=self.embeddings,
             norms=self.norms,
             head=self.head,
+            init_lora_weights=self.family != "zero",  # B = 0 over W = 0 would pass no gradient back
         )
 
 
@@ -134,6 +138,8 @@ def check_arguments(
         raise UsageError("Pass --config_name to train from a seed, or --model_name_or_path for a pretrained model.")
     if model_args.model_name_or_path and model_args.config_overrides:
         raise UsageError("--config_overrides would not fit pretrained weights: pass it with --config_name alone.")
+    if not training_args.do_train and not model_args.model_name_or_path:
+        raise UsageError("--do_eval alone with --config_name would evaluate a model that was never trained.")
     if is_artifact(model_args.model_name_or_path) and training_args.do_train:
         raise UsageError(f"{model_args.model_name_or_path} is a trained artifact: it can be evaluated, not trained on.")
     data_args.check(training_args.do_train, training_args.do_eval or training_args.eval_strategy != "no")
@@ -147,6 +153,8 @@ def check_arguments(
 def check_output_dir(training_args: TrainingArguments) -> None:
     """Resolve --resume_from_checkpoint, and make sure that results can be written and overwrite nothing."""
     folder, resume = training_args.output_dir, training_args.resume_from_checkpoint
+    if folder in (None, "trainer_output"):  # Trainer's own default
+        raise UsageError("Pass --output_dir: the folder for checkpoints, the model and its metrics.")
     if resume == "last":
         resume = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         if resume is None:
@@ -177,6 +185,8 @@ def is_artifact(path: str | None) -> bool:
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     name = args.tokenizer_name or args.model_name_or_path or args.config_name
     tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir, revision=args.model_revision)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UsageError(f"{name} has no tokenizer with a vocabulary. Pass --tokenizer_name.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -194,7 +204,10 @@ def load_model(args: ModelArguments, data: TextData, tokenizer: PreTrainedTokeni
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision}
     config = AutoConfig.from_pretrained(args.config_name or args.model_name_or_path, num_labels=len(labels), **hub)
     if args.config_overrides:
-        config.update_from_string(args.config_overrides)
+        try:
+            config.update_from_string(args.config_overrides)
+        except ValueError as error:
+            raise UsageError(f"--config_overrides {args.config_overrides}: {error}.") from error
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.problem_type = "regression" if data.labels is None else "single_label_classification"

@@ -112,6 +112,32 @@ def test_mixed_precision_comes_back_as_it_was(tmp_path: Path) -> None:
         assert again[name].dtype is value.dtype and torch.equal(again[name], value), name
 
 
+def test_another_attention_implementation(saved: tuple[PeftModel, Path]) -> None:
+    again = AutoLottaLoraModelForCausalLM.from_pretrained(saved[1], attn_implementation="eager")
+    assert again.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(again), logits(saved[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "loader"),
+    [
+        ({}, "Nothing else is needed to rebuild it", True),
+        ({"redraw": "none", "save_kept": True}, "frozen backbone[^#]*Nothing else is needed", True),
+        ({"redraw": "none"}, r"frozen backbone[^#]*[\d,]+ frozen pretrained weights are not in it", False),
+        (
+            {"redraw": "targets"},
+            r"random scaffold[^#]*drawn from seed 42 [^#]* not in it either: they come from the",
+            False,
+        ),
+    ],
+)
+def test_the_card_says_what_is_needed(tmp_path: Path, options: dict[str, Any], says: str, loader: bool) -> None:
+    get_peft_model(llama(), config(**options)).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert re.search(says, card.replace("\n", " "))
+    assert ("AutoLottaLoraModelForCausalLM" in card) == loader
+
+
 def test_training_goes_on_where_it_stopped(saved: tuple[PeftModel, Path]) -> None:
     model, folder = saved
     again = AutoLottaLoraModelForCausalLM.from_pretrained(folder, is_trainable=True)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny import config, llama, logits
 
 from hf_lottalora import (
+    AutoLottaLoraModel,
     AutoLottaLoraModelForCausalLM,
+    AutoLottaLoraModelForSequenceClassification,
 )
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -136,6 +138,14 @@ def test_an_architecture_of_the_same_shapes_that_computes_something_else_is_refu
     more = {"head_dim": 16, "num_key_value_heads": 2} if key == "num_attention_heads" else {}
     with pytest.raises(ValueError, match=r"another architecture: its config.json says \w+="):
         PeftModel.from_pretrained(llama(**{key: value}, **more), saved[1])
+
+
+@pytest.mark.parametrize("loader", [AutoLottaLoraModel, AutoLottaLoraModelForSequenceClassification])
+def test_another_loader_than_the_artifacts_names_the_right_one(saved: tuple[PeftModel, Path], loader: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"is a LlamaForCausalLM, which \w+ does not build. Use AutoLottaLoraModelForC"
+    ):
+        loader.from_pretrained(saved[1])
 
 
 def test_a_plain_lora_adapter_is_not_taken_for_ours(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def test_paper_defaults() -> None:
         ({"embeddings": "drawn"}, ValueError, "embeddings must be one of"),
         ({"head": "frozen"}, ValueError, "head must be one of"),
         ({"norms": "lora"}, ValueError, "norms must be one of"),
+        ({"train_beta": "no"}, ValueError, "train_beta must be True or False, got 'no'"),
+        ({"lora_alpha": 0}, ValueError, "lora_alpha must be a positive number, got 0"),
         ({"biases": "all"}, ValueError, "biases must be one of"),
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights='pissa' makes no sense"),
         ({"init_lora_weights": "olora"}, ValueError, "init_lora_weights='olora' makes no sense"),
@@ -122,3 +124,13 @@ def test_help_is_there_for_every_field() -> None:
     fields = {field.name: field for field in dataclasses.fields(LottaLoraConfig)}
     assert all(len(fields[name].metadata["help"]) > 20 for name in own)
     assert LottaLoraModel.prefix == "lora_"
+
+
+def test_every_field_of_ours_is_in_help() -> None:
+    for name in LottaLoraConfig.__annotations__:
+        assert f"\n    {name}: " in str(LottaLoraConfig.__doc__)
+
+
+def test_a_zero_scaffold_with_zero_adapters_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="Pass init_lora_weights=False"):
+        LottaLoraConfig(seed=1, family="zero")

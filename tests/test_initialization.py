@@ -111,3 +111,48 @@ def test_a_matrix_that_the_architecture_sets_to_zero_is_kept() -> None:
     model = get_peft_model(module, config(target_modules=["0"]))
     assert {t.path: t.role for t in model.get_plan().tensors}["1.weight"] == "kept"
     assert not module[1].weight.any()
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.encoder(x) * self.scale)
+        return result
+
+
+class WithQueries(Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(4, 16))
+
+
+def test_a_plain_module_is_drawn_from_the_seed_alone() -> None:
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = get_peft_model(Encoder(), config(target_modules=["linear1"], modules_to_save=["head"]))
+        assert "encoder.layers.0.self_attn.in_proj_weight" in model.get_plan().scaffold
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_values_that_no_init_code_makes_are_named() -> None:
+    module = WithQueries()
+    queries = module.queries.detach().clone()
+    with pytest.warns(
+        UserWarning, match=r"^queries keep the values that WithQueries was built with.* reset_parameters"
+    ):
+        model = get_peft_model(module, config(target_modules=["linear1"], modules_to_save=["head"]))
+    assert torch.equal(model.base_model.model.queries, queries)
+    assert "queries" in model.get_plan().saved
+
+
+def test_a_base_model_that_nobody_can_load_again_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"redraw='none' keeps \d+ tensors .* Pass save_kept=True"):
+        get_peft_model(llama(), config(redraw="none"))

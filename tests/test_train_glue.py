@@ -231,6 +231,9 @@ BAD_ARGUMENTS = [
     ("{rte} --max_train_samples 0", r"--max_train_samples must be at least 1, got 0"),
     ("{rte} --model_name_or_path x --config_overrides num_labels=3", r"pass it with --config_name alone"),
     ("{rte} --config_overrides vocab_size=99", r"The tokenizer has 30522 tokens, the model 99"),
+    ("{rte} --config_overrides hidden=3", r"--config_overrides hidden=3: key hidden isn't in the original config"),
+    ("{rte} --tokenizer_name {tmp}/empty", r"empty has no tokenizer with a vocabulary. Pass --tokenizer_name"),
+    ("{rte} --output_dir trainer_output", r"Pass --output_dir"),
     ("{rte} --r 0", r"r must be a positive integer, got 0"),
     ("{rte} --scaffold_seed -1", r"seed"),
     ("{rte} --target_modules nothing", r"target_modules=\['nothing'\] matches no linear layer"),
@@ -250,6 +253,7 @@ def test_bad_arguments(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
+    BertConfig().save_pretrained(tmp_path / "empty")
     (tmp_path / "full" / "notes.txt").touch()
     words = arguments.format(tmp=tmp_path, rte=" ".join(rte())).split()
     monkeypatch.setattr(
@@ -269,6 +273,12 @@ def test_an_artifact_of_other_labels_is_not_evaluated(train: Train, tmp_path: Pa
         train(*cola, output="eval")
     with pytest.raises(train_glue.UsageError, match="it can be evaluated, not trained on"):
         train(*cola, "--do_train", output="eval")
+
+
+def test_a_model_that_was_never_trained_is_not_evaluated(train: Train) -> None:
+    arguments = [argument for argument in rte() if argument != "--do_train"]
+    with pytest.raises(train_glue.UsageError, match="would evaluate a model that was never trained"):
+        train(*arguments)
 
 
 def test_errors_are_one_line_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

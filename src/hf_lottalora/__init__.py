@@ -1,8 +1,11 @@
 """Train a Transformer from a random seed: a PEFT plugin for LottaLoRA (arXiv 2604.08749).
 
-Read it in this order: `draw` (numbers from a seed), `families`, `scaffold` (one drawn tensor), `functional` and `layer`
-(the equation). Then the plumbing: `survey`, `plan` and `planner` (roles of tensors), `model` (the PEFT tuner),
-`trained`, `checkpoint`, `artifact`, `auto`. Importing the package registers the method with PEFT.
+Read it in this order: `draw` (numbers from a seed), `families`, `matrix_families` and `scales`, `scaffold` (one drawn
+tensor), `functional`, `layer` and `conv` (the equation). That is the paper. Then the plumbing: `config` (all options),
+`initialization` and `survey` (what a model consists of), `targets`, `plan` and `planner` (roles of its tensors),
+`base_model` and `trained` (their values), `model` (the PEFT tuner) with `second_adapter` and `reseed`, `checkpoint`,
+`artifact` and `auto` (saving and loading), `distributed`, `resampling`. `_registry` makes the method known to PEFT when
+the package is imported.
 """
 
 from ._registry import register as _register

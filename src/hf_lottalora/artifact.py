@@ -167,16 +167,24 @@ def _write_card(plan: Plan, folder: Path) -> None:
     card.save(file)
 
 
-def _builds(auto: Any, architecture: Any, class_name: str) -> bool:
+def builds(auto: Any, architecture: Any, class_name: str) -> bool:
+    """Whether this auto class of transformers makes a `class_name` of the architecture."""
     if type(architecture) not in auto._model_mapping:
         return False
     built = auto._model_mapping[type(architecture)]
     return any(c.__name__ == class_name for c in (built if isinstance(built, tuple) else (built,)))
 
 
+def loader_of(architecture: Any, class_name: str) -> str | None:
+    """Name of the class of ours that builds a `class_name`, None where there is none."""
+    return next((ours for ours, auto in _LOADERS.items() if builds(auto, architecture, class_name)), None)
+
+
 def _card_text(plan: Plan) -> str:
     class_name, architecture = plan.survey.class_name, plan.survey.architecture
-    loader = next((ours for ours, auto in _LOADERS.items() if _builds(auto, architecture, class_name)), None)
+    unsaved = sum(tensor.survey.numel for tensor in plan.with_role("kept") if not tensor.saved)
+    base_name = plan.survey.pretrained_from
+    loader = None if unsaved and base_name in (None, "memory") else loader_of(architecture, class_name)
     if loader is not None:
         load = f'from hf_lottalora import {loader}\n\nmodel = {loader}.from_pretrained("path/to/this/folder")'
     else:
@@ -189,11 +197,21 @@ def _card_text(plan: Plan) -> str:
             f'model = PeftModel.from_pretrained({base}, "path/to/this/folder")'
         )
     drawn = sum(spec.numel for spec in plan.scaffold.values())
+    parts = []
+    if drawn:
+        parts.append(
+            f"{drawn:,} backbone weights are not in this repository: they are drawn from seed {plan.seed} when the "
+            "model is loaded, the same to the bit everywhere."
+        )
+    if unsaved:
+        base = "the base model it was trained over" if base_name in (None, "memory") else f"`{base_name}`"
+        parts.append(f"{unsaved:,} frozen pretrained weights are not in it either: they come from {base}.")
+    else:
+        parts.append("Nothing else is needed to rebuild it.")
     return f"""{_CARD_BEGIN}
-# {class_name} over a random scaffold
+# {class_name} over a {"random scaffold" if drawn else "frozen backbone"}
 
-A [LottaLoRA](https://arxiv.org/abs/2604.08749) adapter. {drawn:,} backbone weights are not in this repository: they are
-drawn from seed {plan.seed} when the model is loaded, the same to the bit everywhere.
+A [LottaLoRA](https://arxiv.org/abs/2604.08749) adapter. {" ".join(parts)}
 
 ```python
 {load}

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from transformers import AutoConfig
 
-from .artifact import HUB_OPTIONS, locate
+from .artifact import HUB_OPTIONS, builds, loader_of, locate
 from .config import LottaLoraConfig
 from .survey import owner_of
 
@@ -34,6 +34,7 @@ class _AutoLottaLora:
         autocast_adapter_dtype: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        attn_implementation: str | None = None,
         **hub_kwargs: Any,
     ) -> PeftModel:
         """Rebuild the model that `save_pretrained` wrote, to the bit.
@@ -45,6 +46,7 @@ class _AutoLottaLora:
             autocast_adapter_dtype: as in `PeftModel.from_pretrained`.
             dtype: dtype of the model; default: the one it was saved in.
             device: where the model goes once it is built.
+            attn_implementation: as in transformers; default: what it chooses here.
             hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Returns:
@@ -57,7 +59,8 @@ class _AutoLottaLora:
         if unknown:
             raise TypeError(
                 f"{cls.__name__}.from_pretrained does not take {sorted(unknown)}. The architecture and the adapter's "
-                "options come from the artifact; besides dtype and device it takes subfolder, "
+                "options come from the artifact; besides dtype, device and "
+                "attn_implementation it takes subfolder, "
                 f"{', '.join(HUB_OPTIONS)}."
             )
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
@@ -70,11 +73,13 @@ class _AutoLottaLora:
                 "it yourself and use PeftModel.from_pretrained(module, path)."
             )
         architecture = AutoConfig.from_pretrained(file)
+        cls._check_class(path, architecture)
+        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         dtype = dtype or architecture.dtype or torch.float32
         if config.redraw == "all" or config.save_kept:
             # Buffers must be real: rotary and position tables have no other source.
             with init_empty_weights(include_buffers=False):
-                model = cls._auto_class.from_config(architecture, dtype=dtype)
+                model = cls._auto_class.from_config(architecture, dtype=dtype, **attention)
             for tensor_path, other in (config.other_dtypes or {}).items() if dtype == architecture.dtype else ():
                 owner, name = owner_of(model, tensor_path)
                 cast = getattr(owner, name).to(getattr(torch, other))
@@ -90,7 +95,11 @@ class _AutoLottaLora:
                     "model yourself and use PeftModel.from_pretrained(model, path)."
                 )
             model = cls._auto_class.from_pretrained(
-                config.base_model_name_or_path, revision=config.revision, config=architecture, dtype=dtype
+                config.base_model_name_or_path,
+                revision=config.revision,
+                config=architecture,
+                dtype=dtype,
+                **attention,
             )
         peft_model = PeftModel.from_pretrained(
             model,
@@ -102,6 +111,15 @@ class _AutoLottaLora:
             **hub_kwargs,
         )
         return peft_model.to(device)
+
+    @classmethod
+    def _check_class(cls, path: str | os.PathLike[str], architecture: Any) -> None:
+        saved = (architecture.architectures or [None])[0]
+        if saved is None or builds(cls._auto_class, architecture, saved):
+            return
+        loader = loader_of(architecture, saved)
+        advice = f"Use {loader}." if loader else f"Build the {saved} yourself and use PeftModel.from_pretrained."
+        raise ValueError(f"{path} is a {saved}, which {cls.__name__} does not build. {advice}")
 
 
 class AutoLottaLoraModel(_AutoLottaLora):

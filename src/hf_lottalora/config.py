@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -181,6 +182,13 @@ class LottaLoraConfig(LoraConfig):
         self._check_choices()
         self._check_rank()
         self._check_refused()
+        if self.family == "zero" and self.init_lora_weights is True and not from_file:
+            warnings.warn(
+                "family='zero' with B = 0 passes nothing on, and no gradient back: most adapters will not learn. Pass "
+                "init_lora_weights=False, which starts A and B at random.",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _check_format(self, from_file: bool) -> None:
         if self.format_version is None:
@@ -207,6 +215,9 @@ class LottaLoraConfig(LoraConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        for name in ("train_beta", "save_kept"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         rule, gain = self.scale, get_family(self.family).scale_rule == "gain"
         number = isinstance(rule, (int, float)) and not isinstance(rule, bool) and 1e-30 < rule < 1e30
         if not (number or (rule in SCALE_RULES and (rule == "gain") == gain)):
@@ -220,6 +231,8 @@ class LottaLoraConfig(LoraConfig):
         for where, rank in [("r", self.r), *(("rank_pattern", r) for r in (self.rank_pattern or {}).values())]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ValueError(f"{where} must be a positive integer, got {rank!r}.")
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be a positive number, got {self.lora_alpha!r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}.")
 
@@ -278,6 +291,15 @@ class LottaLoraConfig(LoraConfig):
         LoraConfig.save_pretrained(saved, str(save_directory), **kwargs)
         if self._plan is not None:
             complete_artifact(self._plan, save_directory, self._saved_dtype)
+
+
+def _field_list() -> str:
+    own = {field.name: field for field in dataclasses.fields(LottaLoraConfig)}
+    names = [name for name in LottaLoraConfig.__annotations__ if name in own]
+    return "\n".join(f"    {name}: {own[name].metadata['help']}" for name in names)
+
+
+LottaLoraConfig.__doc__ = f"{LottaLoraConfig.__doc__}\nFields besides those of `LoraConfig`:\n{_field_list()}\n"
 
 
 def _listed(names: Any) -> Any:

@@ -105,7 +105,8 @@ def _run_init(twin: nn.Module, tensors: list[torch.Tensor], seed: int) -> tuple[
             twin.initialize_weights()
         else:
             for module in twin.modules():
-                reset = getattr(module, "reset_parameters", None)
-                if callable(reset):
-                    reset()
+                for name in ("reset_parameters", "_reset_parameters"):  # nn.MultiheadAttention has the latter
+                    reset = getattr(module, name, None)
+                    if callable(reset):
+                        reset()
     return [tensor.detach().clone() for tensor in tensors], recorder.storages

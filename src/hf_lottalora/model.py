@@ -22,7 +22,7 @@ from .conv import ScaffoldConv
 from .initialization import untouched_rng
 from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
 from .plan import Plan
-from .planner import plan_from_survey, warn_if_pretrained
+from .planner import plan_from_survey, warn_of_losses
 from .reseed import SeedSwitching
 from .second_adapter import check_second_adapter
 from .survey import Survey, owner_of, survey_model, with_model_dtypes
@@ -119,7 +119,7 @@ class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
         # From here on the model changes.
         if first:
             if config.scaffold_digests is None:  # an artifact that is loaded was made over this base on purpose
-                warn_if_pretrained(plan, config.redraw)
+                warn_of_losses(plan, config)
             materialise(model, plan)
             self.survey = survey
             self.first_config, self.first_plan = config, plan

@@ -199,5 +199,5 @@ class Plan:
             f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of which "
             f"A, B and beta {self.adapter_parameters:,}"
         )
-        lines.append(f"artifact  {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed")
+        lines.append(f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed")
         return "\n".join(lines)

@@ -293,8 +293,27 @@ def _under(path: str, modules: set[str]) -> bool:
     return path in modules or any(parent in modules for parent in _parents(path))
 
 
-def warn_if_pretrained(plan: Plan, redraw: str) -> None:
-    """Say once that weights somebody loaded are about to be drawn over."""
+def warn_of_losses(plan: Plan, config: LottaLoraConfig) -> None:
+    """Say once what a user may not expect: loaded weights are drawn over, or values are nobody's to make again."""
+    redraw = config.redraw
+    arbitrary = [tensor.path for tensor in plan.with_role("kept") if tensor.survey.arbitrary and redraw == "all"]
+    if arbitrary:
+        warnings.warn(
+            f"{', '.join(arbitrary)} keep the values that {plan.survey.class_name} was built with, since nothing of it "
+            "says how to initialise them: they are saved in the artifact, but another process gets others for the same "
+            "seed. Give the module that owns them a reset_parameters method.",
+            UserWarning,
+            stacklevel=2,
+        )
+    unsaved = [tensor for tensor in plan.with_role("kept") if not tensor.saved]
+    if unsaved and not plan.survey.pretrained_from and plan.survey.architecture is not None:
+        warnings.warn(
+            f"redraw={redraw!r} keeps {len(unsaved)} tensors of a base model that was not loaded from anywhere, and "
+            "the artifact will not contain them: it loads over this very base model only. Pass save_kept=True to save "
+            "them, or redraw='all' to draw everything from the seed.",
+            UserWarning,
+            stacklevel=2,
+        )
     if plan.survey.pretrained_from and redraw != "none" and plan.scaffold:
         keep = "" if redraw == "targets" else "Pass redraw='targets' to replace only the adapted layers, or "
         warnings.warn(

@@ -42,6 +42,8 @@ class SurveyedTensor:
         fan_out: outputs per input, likewise.
         stacked: how many matrices it holds, more than 1 for fused experts.
         zero_row: padding row of an embedding.
+        arbitrary: whether it is a parameter that no init code of a plain `nn.Module` sets, and not one constant either:
+            its values are whatever the module was built with.
     """
 
     path: str
@@ -57,6 +59,7 @@ class SurveyedTensor:
     fan_out: int = 0
     stacked: int = 1
     zero_row: int | None = None
+    arbitrary: bool = False
 
     @property
     def numel(self) -> int:
@@ -180,6 +183,7 @@ def survey_model(model: nn.Module) -> Survey:
                 tied_head=not in_head(path) and any(in_head(a) for a in aliases),
                 init=init[key],
                 **_fans(module, tensor),
+                arbitrary=not isinstance(model, PreTrainedModel) and _is_arbitrary(tensor, init[key]),
                 zero_row=getattr(module, "padding_idx", None) if kinds[key] == "embedding" else None,
             )
         )
@@ -248,6 +252,11 @@ def _kind_given_init(kind: Kind, attribute: str, tensor: torch.Tensor, init: Ini
     return kind
 
 
+def _is_arbitrary(tensor: torch.Tensor, init: InitialValue) -> bool:
+    untouched = isinstance(tensor, nn.Parameter) and not init.random and init.value is None and not tensor.is_meta
+    return untouched and tensor.numel() > 1 and bool(tensor.detach().amin() != tensor.detach().amax())
+
+
 def _fans(module: nn.Module, tensor: torch.Tensor) -> dict[str, int]:
     weight = getattr(module, "weight", None)
     if isinstance(module, (nn.Linear, Conv1D, _ConvNd)) and isinstance(weight, torch.Tensor):
@@ -267,10 +276,10 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
     seen: set[int] = set()
     for path, module in clean_modules(model):
         weight = getattr(module, "weight", None)
-        if id(module) in seen or not isinstance(weight, torch.Tensor):
+        if id(module) in seen or not (isinstance(weight, torch.Tensor) or isinstance(module, _RECURRENT)):
             continue
         seen.add(id(module))
-        shape = weight.shape
+        shape = weight.shape if isinstance(weight, torch.Tensor) else torch.Size()
         kind: Literal["linear", "conv", "embedding", "other"] = "other"
         kernel: tuple[int, ...] = ()
         sizes, groups = (0, 0), 1
