@@ -151,7 +151,7 @@ def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str], dtype:
 
 def _write_card(plan: Plan, folder: Path) -> None:
     file = folder / "README.md"
-    card = ModelCard.load(file) if file.exists() else ModelCard("")
+    card = ModelCard.load(file) if file.exists() else ModelCard("---\n{}\n---\n")
     data: Any = card.data
     before, begin, rest = card.text.partition(_CARD_BEGIN)
     if begin:
