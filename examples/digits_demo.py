@@ -18,14 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: nothing here needs the network
@@ -46,7 +44,6 @@ Curve = list[tuple[float, float]]  # epoch, test accuracy
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 ARCHITECTURE = ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **SIZES)
 OUTPUTS = {"artifact", "digits_demo.png", "summary.json"}
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")  # told apart by colour-blind readers too
 
 
 def load_data() -> tuple[TensorDataset, TensorDataset]:
@@ -146,7 +143,7 @@ def check_output_dir(folder: Path) -> None:
         )
 
 
-def draw_figure(curves: dict[str, Curve], betas: dict[str, float], path: Path) -> None:
+def draw_figure(curves: dict[str, Curve], report: hf_lottalora.BetaReport, path: Path) -> None:
     """Learning curves on the left, each layer's betas on the right."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -159,31 +156,10 @@ def draw_figure(curves: dict[str, Curve], betas: dict[str, float], path: Path) -
     left.set_title("Digits: every weight trained, or LottaLoRA", loc="left")
     left.legend(frameon=False, loc="lower right", title="after the last epoch", alignment="left")
 
-    names = list(dict.fromkeys(projection(path) for path in betas))
-    for index, name in enumerate(names):
-        points = [(layer_number(path), beta) for path, beta in betas.items() if projection(path) == name]
-        xs = [layer + 0.14 * (index - (len(names) - 1) / 2) for layer, _ in points]
-        ys = [beta for _, beta in points]
-        style = {"color": PALETTE[index % 4], "marker": "osD^"[index % 4]}
-        right.vlines(xs, 1, ys, color=style["color"], alpha=0.4, linewidth=2)
-        right.scatter(xs, ys, s=46, label=name, zorder=3, **style)
-    right.axhline(1, color="#6b7280", linewidth=1, zorder=0)
-    right.set(xlabel="layer", ylabel="beta", xticks=sorted({layer_number(path) for path in betas}))
-    right.set_title("beta, the trained scale of each frozen matrix (starts at 1)", loc="left")
-    right.margins(y=0.2)
-    right.legend(frameon=False, ncols=len(names), loc="upper center", columnspacing=1.2, handletextpad=0.2)
-    for axes in (left, right):
-        axes.grid(axis="y", alpha=0.25)
+    report.plot(axes=right)
+    left.grid(axis="y", alpha=0.25)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def layer_number(path: str) -> int:
-    return int(re.findall(r"\.(\d+)\.", path)[-1])
-
-
-def projection(path: str) -> str:
-    return path.rpartition(".")[2]
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -255,12 +231,12 @@ def main() -> int:
             }
 
     print(f"2. Rebuilding the LottaLoRA model in a new process, from {artifact} alone")
-    betas = model.get_betas()
+    report = hf_lottalora.beta_report(model)
     expected, found = logits(model, data[1].tensors[0]).numpy(), rebuild_in_new_process(artifact)
     same = expected.tobytes() == found.tobytes()
-    summary["beta"] = {"min": min(betas.values()), "median": median(betas.values()), "all": betas}
+    summary["beta"] = {**report.summary, "all": {layer.path: layer.beta for layer in report.layers}}
     summary["rebuilt_bit_for_bit"] = same
-    draw_figure(curves, betas, args.output_dir / "digits_demo.png")
+    draw_figure(curves, report, args.output_dir / "digits_demo.png")
     (args.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if not same:
         print(
@@ -269,8 +245,8 @@ def main() -> int:
         return 1
     print(f"  the same {expected.size:,} logits of the {len(expected)} test images, bit for bit\n")
     print(table(summary))
-    negative = sum(beta <= 0 for beta in betas.values())
-    print(f"\n  {'every beta is positive' if not negative else f'{negative} of {len(betas)} betas are not positive'}")
+    negative = report.summary["not_positive"]
+    print(f"\n  {f'{negative} betas are not positive' if negative else 'every beta is positive'}")
     print(f"  figure: {args.output_dir / 'digits_demo.png'}\n  all figures: {args.output_dir / 'summary.json'}")
     return 0
 
