@@ -4,8 +4,8 @@ Read it in this order: `draw` (numbers from a seed), `families`, `matrix_familie
 tensor), `functional`, `layer` and `conv` (the equation). That is the paper. Then the plumbing: `config` (all options),
 `initialization` and `survey` (what a model consists of), `targets`, `plan` and `planner` (roles of its tensors),
 `base_model` and `trained` (their values), `model` (the PEFT tuner) with `second_adapter` and `reseed`, `checkpoint`,
-`artifact` and `auto` (saving and loading), `distributed`; experiments: `resampling`, `beta_report`. `_registry` makes
-the method known to PEFT when the package is imported.
+`artifact` and `auto` (saving and loading), `distributed`; experiments: `resampling`, `beta_report`, `rank_search`.
+`_registry` makes the method known to PEFT when the package is imported.
 """
 
 from ._registry import register as _register
@@ -29,6 +29,7 @@ from .families import FAMILIES, Family, get_family, register_family  # noqa: E40
 from .model import LottaLoraModel  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .planner import make_plan  # noqa: E402
+from .rank_search import RankSearch, minimum_sufficient_rank  # noqa: E402
 from .resampling import ResampleScaffoldCallback, ScaffoldResampler  # noqa: E402
 from .scaffold import ScaffoldTensor  # noqa: E402
 
@@ -48,6 +49,7 @@ __all__ = [
     "LottaLoraConfig",
     "LottaLoraModel",
     "Plan",
+    "RankSearch",
     "RanksAgreeCallback",
     "ResampleScaffoldCallback",
     "ScaffoldResampler",
@@ -56,5 +58,6 @@ __all__ = [
     "check_ranks_agree",
     "get_family",
     "make_plan",
+    "minimum_sufficient_rank",
     "register_family",
 ]

@@ -84,7 +84,7 @@ class BetaReport:
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None, axes: Axes | None = None) -> Axes:
-        """Betas by depth, one colour per kind of layer. Needs matplotlib.
+        """Betas by depth, one colour per kind of layer. Needs matplotlib (`hf-lottalora[plot]`).
 
         Args:
             path: file to write, its suffix says the format; with None nothing is written.
