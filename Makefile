@@ -66,7 +66,9 @@ check: lint demo test-oldest test ## everything that CI runs
 
 reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DATA
 	$(PY) benchmarks/mnist.py
-	$(PY) benchmarks/mnist.py --methods lottalora --alpha r --r 1 2 4 16 32
+	$(PY) benchmarks/mnist.py --preset tiny small medium --r 1 2 4 8 --alpha r
+	$(PY) benchmarks/mnist.py --methods lottalora --alpha r --r 16 32
+	$(PY) benchmarks/mnist_ablations.py
 	$(PY) benchmarks/sst2.py
 	$(PY) benchmarks/paper_sizes.py
 	$(PY) benchmarks/backward_bytes.py

@@ -121,20 +121,23 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape).copy()
 
 
-def build_model(cell: Cell, seed: int) -> nn.Module:
-    """The same network for every method; `seed` is the scaffold's, or that of torch's own initialisation."""
+def build_model(cell: Cell, seed: int, **options: Any) -> nn.Module:
+    """The same network for every method; `seed` is the scaffold's, or that of torch's own initialisation.
+
+    `options` change the `LottaLoraConfig`.
+    """
     torch.manual_seed(seed)
     model = MLP(WIDTHS[cell.preset])
     if cell.method == "full":
         return model
-    config = hf_lottalora.LottaLoraConfig(
-        seed=seed,
-        r=cell.r,
-        lora_alpha=cell.r if cell.alpha == "r" else 1,
-        target_modules=[f"hidden.{i}" for i in range(len(model.hidden))],
-        modules_to_save=["head"],
-    )
-    return get_peft_model(model, config)
+    settings = {
+        "seed": seed,
+        "r": cell.r,
+        "lora_alpha": cell.r if cell.alpha == "r" else 1,
+        "target_modules": [f"hidden.{i}" for i in range(len(model.hidden))],
+        "modules_to_save": ["head"],
+    }
+    return get_peft_model(model, hf_lottalora.LottaLoraConfig(**{**settings, **options}))
 
 
 @torch.no_grad()
@@ -143,13 +146,31 @@ def accuracy(model: nn.Module, split: Split) -> float:
     return float((torch.cat([model(x) for x in split.x.split(2000)]).argmax(-1) == split.y).float().mean())
 
 
-def run(cell: Cell, seed: int, train: Split, test: Split, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one model and score it."""
-    model = build_model(cell, seed).to(args.device)
+def without_scaffold(model: nn.Module, test: Split) -> dict[str, float]:
+    """Test accuracy with the scaffold removed after training."""
+    with model.scaffold_off():
+        return {"test_accuracy_scaffold_off": round(accuracy(model, test), 6)}
+
+
+def run(
+    cell: Cell,
+    seed: int,
+    train: Split,
+    test: Split,
+    args: argparse.Namespace,
+    schedule: tuple[str, int] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train one model and score it; `schedule` and a number of scaffolds resample the scaffold on the way."""
+    model = build_model(cell, seed, **options).to(args.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in parameters)
     if trainable != cell.trainable:
         raise RuntimeError(f"{cell}: {trainable} trainable parameters, expected {cell.trainable}.")
+    resampler = hf_lottalora.ScaffoldResampler(model, *schedule) if schedule else None
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y)
 
     shuffle = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train.y), generator=shuffle)
@@ -164,10 +185,14 @@ def run(cell: Cell, seed: int, train: Split, test: Split, args: argparse.Namespa
     label = f"{cell.preset} {cell.method} r={cell.r} alpha={cell.alpha} seed={seed}"
     for _ in tqdm(range(args.epochs), desc=label, leave=False, unit="epoch"):
         model.train()
+        if resampler:
+            resampler.start_epoch()
         for batch in torch.randperm(len(train.y), generator=shuffle).split(args.batch_size):
-            loss = F.cross_entropy(model(train.x[batch]), train.y[batch])
             optimizer.zero_grad()
-            loss.backward()
+            if resampler:
+                resampler.backward(loss_of, train.x[batch], train.y[batch])
+            else:
+                loss_of(train.x[batch], train.y[batch]).backward()
             optimizer.step()
             schedule.step()
         curve.append(round(accuracy(model, validation), 6))
@@ -177,6 +202,7 @@ def run(cell: Cell, seed: int, train: Split, test: Split, args: argparse.Namespa
         "test_accuracy": round(accuracy(model, test), 6),
         "validation_accuracy": curve,
         "trainable_parameters": trainable,
+        **({} if cell.method == "full" else without_scaffold(model, test)),
         "betas": {} if cell.method == "full" else model.get_betas(),
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -1,0 +1,196 @@
+"""The paper's ablations on MNIST (sections 3 and 4), over the network and the training of `mnist.py`.
+
+- `families`: the medium network at r = 8 over each of the paper's 22 families, and ternary;
+- `resampling`: static scaffold, or a new one each epoch, each step (two scaffolds, gradients accumulated) or for each
+  of four micro-batches, at r = 2, 4, 8; scored over the last scaffold;
+- `scaffold`: W = 0 while training (with A and B starting at random), the static one, and the static one removed after
+  training, at r = 1, 2, 4, 8;
+- `b_init`: B zero or Kaiming uniform, at r = 1, 2, 4, 8.
+
+All with alpha = r, see `mnist.py`. Finished runs are kept, so it can be interrupted and repeated.
+
+    python benchmarks/mnist_ablations.py                              # all of them: hours
+    python benchmarks/mnist_ablations.py --only families --seeds 1
+    python benchmarks/mnist_ablations.py --quick                      # a minute, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from mnist import FIRST_SEED, Cell, Split, load_split, run
+from report import environment, read_json, write_json
+from tqdm.auto import tqdm
+
+from hf_lottalora import FAMILIES
+
+RESULTS = Path(__file__).parent / "results" / "mnist_ablations.json"
+SCHEDULES: dict[str, tuple[str, int] | None] = {
+    "static": None,
+    "epoch": ("epoch", 1),
+    "step, 2 scaffolds": ("step", 2),
+    "4 micro-batches": ("micro_batch", 4),
+}
+# Test accuracy in percent, as the paper gives it. Families: the worst and the best of them.
+PAPER = {
+    "families": {8: "96.24-96.44"},
+    "resampling": {
+        ("static", 2): "92.61", ("static", 4): "95.53", ("static", 8): "96.80",
+        ("epoch", 2): "67.96", ("epoch", 4): "89.00", ("epoch", 8): "95.53",
+        ("step, 2 scaffolds", 2): "42.46", ("step, 2 scaffolds", 4): "54.94", ("step, 2 scaffolds", 8): "91.19",
+        ("4 micro-batches", 2): "41.49", ("4 micro-batches", 4): "47.67", ("4 micro-batches", 8): "56.29",
+    },
+    "scaffold": {
+        ("zero", 1): "82.9", ("zero", 2): "91.0", ("zero", 4): "94.5", ("zero", 8): "96.3",
+        ("normal", 1): "85.1-89.3", ("normal", 2): "90.6-92.7", ("normal", 4): "93.6-95.4", ("normal", 8): "95.4-96.8",
+        ("removed", 1): "82.6", ("removed", 2): "90.8", ("removed", 4): "94.4", ("removed", 8): "96.3",
+    },
+    "b_init": {
+        ("zeros", 1): "89.40", ("zeros", 2): "92.92", ("zeros", 4): "95.74", ("zeros", 8): "96.94",
+        ("kaiming", 1): "70.59", ("kaiming", 2): "90.19", ("kaiming", 4): "93.45", ("kaiming", 8): "96.96",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table: how the medium network is trained at one rank."""
+
+    name: str
+    r: int
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    schedule: tuple[str, int] | None = None
+
+    @property
+    def key(self) -> str:
+        """Names the run, whichever tables use it."""
+        parts = [f"r={self.r}", *(f"{name}={value}" for name, value in sorted(self.options.items()))]
+        return "/".join([*parts, *([f"{self.schedule[0]}={self.schedule[1]}"] if self.schedule else [])])
+
+
+def variants(table: str) -> Iterator[Variant]:
+    """The rows of a table."""
+    if table == "families":
+        for family in FAMILIES:
+            if family != "zero":
+                yield Variant(family, 8, {"family": family})
+    elif table == "resampling":
+        for r in (2, 4, 8):
+            for name, schedule in SCHEDULES.items():
+                yield Variant(name, r, {} if schedule else {"family": "normal"}, schedule)
+    elif table == "scaffold":
+        for r in (1, 2, 4, 8):
+            yield Variant("zero", r, {"family": "zero", "init_lora_weights": False})
+            yield Variant("normal", r, {"family": "normal"})
+    else:
+        for r in (1, 2, 4, 8):
+            yield Variant("zeros", r, {"family": "normal"})
+            yield Variant("kaiming", r, {"family": "normal", "init_lora_weights": False})
+
+
+TABLES = ("families", "resampling", "scaffold", "b_init")
+
+
+def rows(table: str, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of each variant that has runs."""
+    found = []
+    for variant in variants(table):
+        scores = {"": [100 * run["test_accuracy"] for run in runs.get(variant.key, [])]}
+        if table == "scaffold" and variant.name == "normal":
+            scores["removed"] = [100 * run["test_accuracy_scaffold_off"] for run in runs.get(variant.key, [])]
+        betas = [beta for run in runs.get(variant.key, []) for beta in run["betas"].values()]
+        for other, values in scores.items():
+            name = other or variant.name
+            if values:
+                paper = PAPER[table]
+                found.append(
+                    {
+                        "variant": name,
+                        "r": variant.r,
+                        "mean": mean(values),
+                        "std": stdev(values) if len(values) > 1 else None,
+                        "seeds": len(values),
+                        "paper": paper.get(variant.r) if table == "families" else paper.get((name, variant.r)),
+                        "beta_min": min(betas),
+                        "beta_median": median(betas),
+                    }
+                )
+    return found
+
+
+def markdown(table: str, found: list[dict[str, Any]]) -> str:
+    """A table as Markdown."""
+    lines = [
+        f"| {table} | r | test accuracy % | paper % | seeds | beta min / median |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in found:
+        score = f"{row['mean']:.2f}" + (f" ± {row['std']:.2f}" if row["std"] is not None else "")
+        beta = f"{row['beta_min']:.3f} / {row['beta_median']:.3f}"
+        lines.append(f"| {row['variant']} | {row['r']} | {score} | {row['paper'] or ''} | {row['seeds']} | {beta} |")
+    if table == "families" and len(found) > 1:
+        means = [row["mean"] for row in found]
+        lines.append(f"\nSpread of the means: {max(means) - min(means):.2f} points.")
+    return "\n".join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    description, _, commands = (__doc__ or "").partition("    python")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=f"    python{commands}", formatter_class=layout)
+    add = parser.add_argument
+    add("--data_dir", type=Path, help="holds mnist/*-ubyte.gz (default: $LOTTALORA_DATA, or ../shared/data)")
+    add("--output", type=Path, default=RESULTS, help=f"result file, also read to go on (default: {RESULTS.name})")
+    add("--only", nargs="+", choices=TABLES, default=TABLES, help="default: all")
+    add("--seeds", type=int, default=3, help=f"how many, from {FIRST_SEED} on (default: 3)")
+    add("--epochs", type=int, default=20)
+    add("--batch_size", type=int, default=128)
+    add("--device", default="cpu")
+    add("--threads", type=int, default=1, help="of torch (default: 1, the networks are small)")
+    add("--quick", action="store_true", help="smoke run: 2,000 images, one epoch, one seed, not recorded")
+    args = parser.parse_args()
+    args.data_dir = args.data_dir or Path(os.environ.get("LOTTALORA_DATA") or "../shared/data")
+    if args.quick:
+        args.seeds, args.epochs = 1, 1
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    settings = {"preset": "medium", "alpha": "r", "epochs": args.epochs, "batch_size": args.batch_size}
+    result = (None if args.quick else read_json(args.output)) or {"settings": settings, "runs": {}}
+    if result["settings"] != settings:
+        raise SystemExit(f"{args.output} holds runs with other settings: {result['settings']}. Pass another --output.")
+    result["environment"] = environment()
+    train, test = (load_split(args.data_dir / "mnist", name) for name in ("train", "t10k"))
+    train = train[:2000] if args.quick else train
+    train, test = (Split(split.x.to(args.device), split.y.to(args.device)) for split in (train, test))
+
+    wanted = {variant.key: variant for table in args.only for variant in variants(table)}
+    with tqdm(total=args.seeds * len(wanted), unit="run") as bar:
+        for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+            for key, variant in wanted.items():
+                runs = result["runs"].setdefault(key, [])
+                if seed not in {found["seed"] for found in runs}:
+                    cell = Cell("medium", "lottalora", variant.r, "r")
+                    found = run(cell, seed, train, test, args, variant.schedule, **variant.options)
+                    runs.append(found)
+                    tqdm.write(f"{key}/seed={seed}: {found['test_accuracy']:.2%}, {found['seconds']} s")
+                    result["tables"] = {table: rows(table, result["runs"]) for table in TABLES}
+                    if not args.quick:
+                        write_json(args.output, result)
+                bar.update()
+    for table in args.only:
+        print(markdown(table, rows(table, result["runs"])), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
