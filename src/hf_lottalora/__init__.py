@@ -4,8 +4,8 @@ Read it in this order: `draw` (numbers from a seed), `families`, `matrix_familie
 tensor), `functional`, `layer` and `conv` (the equation). That is the paper. Then the plumbing: `config` (all options),
 `initialization` and `survey` (what a model consists of), `targets`, `plan` and `planner` (roles of its tensors),
 `base_model` and `trained` (their values), `model` (the PEFT tuner) with `second_adapter` and `reseed`, `checkpoint`,
-`artifact` and `auto` (saving and loading), `distributed`; experiments: `resampling`, `beta_report`, `rank_search`.
-`_registry` makes the method known to PEFT when the package is imported.
+`artifact` and `auto` (saving and loading), `distributed`; experiments: `resampling`, `beta_report`, `rank_search`,
+`cost_report`. `_registry` makes the method known to PEFT when the package is imported.
 """
 
 from ._registry import register as _register
@@ -23,6 +23,7 @@ from .auto import (  # noqa: E402
 )
 from .beta_report import BetaCallback, BetaReport, beta_report  # noqa: E402
 from .config import LottaLoraConfig  # noqa: E402
+from .cost_report import CostReport, cost_report  # noqa: E402
 from .distributed import RanksAgreeCallback, check_ranks_agree  # noqa: E402
 from .draw import FORMAT_VERSION  # noqa: E402
 from .families import FAMILIES, Family, get_family, register_family  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "AutoLottaLoraModelForTokenClassification",
     "BetaCallback",
     "BetaReport",
+    "CostReport",
     "Family",
     "LottaLoraConfig",
     "LottaLoraModel",
@@ -56,6 +58,7 @@ __all__ = [
     "ScaffoldTensor",
     "beta_report",
     "check_ranks_agree",
+    "cost_report",
     "get_family",
     "make_plan",
     "minimum_sufficient_rank",

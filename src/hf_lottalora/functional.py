@@ -8,6 +8,7 @@ Shape suffixes: N rows of the flattened input, I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +19,14 @@ from torch import nn
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """What autocast would multiply in, else the input's own dtype: no cast that PEFT or torch would not need."""
     kind = x.device.type
-    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    known = torch.amp.is_autocast_available(kind)  # the meta device has none
+    cast = known and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if cast else x.dtype
+
+
+def _without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
 class ScaledLinear(torch.autograd.Function):
@@ -37,7 +44,7 @@ class ScaledLinear(torch.autograd.Function):
         weight_is_IO: bool,
     ) -> torch.Tensor:
         dtype = x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             x_NI = x.reshape(-1, x.shape[-1])
             y_NO = F.linear(x_NI, _as_OI(weight, weight_is_IO, dtype))
             y_NO.mul_(beta)
@@ -61,7 +68,7 @@ class ScaledLinear(torch.autograd.Function):
         dx: Any = None
         dweight = dbias = dbeta = dA = dB = None
         dtype, scaling = x.dtype, ctx.scaling
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             x_NI = x.reshape(-1, x.shape[-1])
             g_NO = grad.reshape(-1, grad.shape[-1]).to(dtype)
             if need_x or need_beta:
@@ -123,7 +130,7 @@ class ScaledConv(torch.autograd.Function):
         dilation: tuple[int, ...],
         groups: int,
     ) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             none = (0,) * len(stride)
             y = torch.convolution(x, _cast(weight, x.dtype), None, stride, padding, dilation, False, none, groups)
             return y.mul_(beta)
@@ -139,7 +146,7 @@ class ScaledConv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.options
         need_x, need_weight, need_beta = ctx.needs_input_grad[:3]
         dx = dweight = dbeta = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             dx, dweight, _ = torch.ops.aten.convolution_backward(
                 grad.to(x.dtype),
                 x,

@@ -1,0 +1,145 @@
+"""What training costs (paper section 5): the paper's formulas, and beside them what is counted on the model.
+
+N are the backbone's parameters without embeddings and head, N_tr those of A, B and beta, M the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils.flop_counter import FlopCounterMode
+
+from .model import tuner_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """Costs of full training and of LottaLoRA. `print(report)` shows them side by side.
+
+    Attributes:
+        full_flops, flops: of one training step, by the paper: 6 M N, and M (4 N + 2 N_tr).
+        full_flops_counted, flops_counted: of matrix products and convolutions in one step of this model, None without a
+            batch. Unlike the formulas they include attention scores, head, and embeddings that multiply.
+        full_bytes, bytes: parameters and optimiser in mixed precision, by the paper: 16 N, and 2 N + 14 N_tr.
+        full_bytes_counted, bytes_counted: the same per parameter that is there (frozen 2 bytes, trained 16), heads and
+            embeddings included.
+        checkpoint_bytes: all parameters of the base model in its dtype.
+        artifact_bytes: `adapter_model.safetensors`.
+    """
+
+    full_flops: float | None
+    flops: float | None
+    full_flops_counted: int | None
+    flops_counted: int | None
+    full_bytes: int
+    bytes: int
+    full_bytes_counted: int
+    bytes_counted: int
+    checkpoint_bytes: int
+    artifact_bytes: int
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, float | None, float | None]] = [
+            ("training FLOPs per step, paper's formula", self.full_flops, self.flops),
+            ("training FLOPs per step, counted", self.full_flops_counted, self.flops_counted),
+            ("parameters + optimiser, bytes, paper's formula", self.full_bytes, self.bytes),
+            ("parameters + optimiser, bytes, counted", self.full_bytes_counted, self.bytes_counted),
+            ("saved, bytes", self.checkpoint_bytes, self.artifact_bytes),
+        ]
+        lines = [f"{'':<46} {'full training':>20} {'LottaLoRA':>20} {'ratio':>6}"]
+        for label, full, ours in rows:
+            if full is not None and ours is not None:
+                lines.append(f"{label:<46} {full:>20,.0f} {ours:>20,.0f} {ours / full:>6.3f}")
+        return "\n".join(lines)
+
+
+def cost_report(model: PeftModel, batch: Mapping[str, Any] | None = None) -> CostReport:
+    """Costs of one adapter's training, the first active one's.
+
+    Args:
+        model: with a LottaLoRA adapter.
+        batch: arguments of one forward pass that returns a loss, `input_ids` and `labels` say. FLOPs are counted by
+            running it on the meta device, forward and backward: no weight is read and nothing is allocated. The paper's
+            M is the number of elements of `input_ids`, else the rows of the first tensor.
+
+    Raises:
+        ValueError: the model has no LottaLoRA adapter, or the batch gives no loss.
+
+    Example:
+        >>> print(cost_report(model, {"input_ids": ids, "labels": ids}))  # doctest: +SKIP
+    """
+    plan = tuner_of(model).get_plan()
+    tensors = [tensor for tensor in plan.tensors if tensor.survey.kind != "buffer"]
+    everything = sum(tensor.survey.numel for tensor in tensors)
+    internal = sum(
+        tensor.survey.numel
+        for tensor in tensors
+        if tensor.survey.kind != "embedding" and not tensor.survey.in_head and not tensor.survey.tied_head
+    )
+    adapters, trained = plan.adapter_parameters, plan.trainable_parameters
+    tokens = None if batch is None else _tokens(batch)
+    return CostReport(
+        full_flops=None if tokens is None else 6.0 * tokens * internal,
+        flops=None if tokens is None else tokens * (4.0 * internal + 2.0 * adapters),
+        full_flops_counted=None if batch is None else _counted(model, batch, full=True),
+        flops_counted=None if batch is None else _counted(model, batch, full=False),
+        full_bytes=16 * internal,
+        bytes=2 * internal + 14 * adapters,
+        full_bytes_counted=16 * everything,
+        bytes_counted=2 * (plan.total_parameters - trained) + 16 * trained,
+        checkpoint_bytes=sum(tensor.survey.numel * tensor.survey.dtype.itemsize for tensor in tensors),
+        artifact_bytes=plan.artifact_bytes(),
+    )
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    ids = batch.get("input_ids")
+    if isinstance(ids, torch.Tensor):
+        return ids.numel()
+    first = next(value for value in batch.values() if isinstance(value, torch.Tensor))
+    return math.prod(first.shape[:1])
+
+
+@contextmanager
+def _bypassed(base: torch.nn.Module) -> Iterator[None]:
+    """Adapted layers compute as they did before; nothing else of them changes."""
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
+
+
+def _counted(model: PeftModel, batch: Mapping[str, Any], full: bool) -> int:
+    base: torch.nn.Module = model.get_base_model()
+    named = dict(base.named_parameters(remove_duplicate=False))
+    twins: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in named.items():
+        wanted = ("lora_" not in name) if full else parameter.requires_grad
+        if id(parameter) not in twins:
+            twins[id(parameter)] = parameter.detach().to("meta").requires_grad_(wanted)
+        state[name] = twins[id(parameter)]
+    state.update({name: buffer.to("meta") for name, buffer in base.named_buffers()})
+    inputs = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    counter = FlopCounterMode(display=False)
+    with counter, _bypassed(base) if full else nullcontext():
+        output = torch.func.functional_call(base, state, kwargs=inputs, tie_weights=False)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            raise ValueError("The batch gives no loss; add labels to it.")
+        loss.backward()
+    return counter.get_total_flops()
