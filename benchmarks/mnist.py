@@ -256,18 +256,24 @@ def parse_args() -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=f"    python{commands}", formatter_class=layout)
     add = parser.add_argument
-    add("--data_dir", type=Path, help="holds mnist/*-ubyte.gz (default: $LOTTALORA_DATA, or ../shared/data)")
-    add("--output", type=Path, help=f"result file, also read to go on (default: results/{RESULTS.name})")
     add("--preset", nargs="+", choices=WIDTHS, default=["medium"], help="default: medium")
     add("--r", nargs="+", type=int, default=[8], help="ranks (default: 8)")
     add("--alpha", nargs="+", choices=["1", "r"], default=["1", "r"], help="default: both")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: both")
+    return parse_common(parser, RESULTS)
+
+
+def parse_common(parser: argparse.ArgumentParser, results: Path) -> argparse.Namespace:
+    """Parse the command line, with the arguments that every benchmark on MNIST takes."""
+    add = parser.add_argument
+    add("--data_dir", type=Path, help="holds mnist/*-ubyte.gz (default: $LOTTALORA_DATA, or ../shared/data)")
+    add("--output", type=Path, default=results, help=f"result file, also read to go on (default: {results.name})")
     add("--seeds", type=int, default=3, help=f"how many, from {FIRST_SEED} on (default: 3)")
     add("--epochs", type=int, default=20)
     add("--batch_size", type=int, default=128)
     add("--device", default="cpu")
     add("--threads", type=int, default=1, help="of torch (default: 1, the networks are small)")
-    add("--quick", action="store_true", help="smoke run: 6,000 images, one epoch, one seed, not recorded")
+    add("--quick", action="store_true", help="smoke run: 2,000 images, one epoch, one seed, not recorded")
     args = parser.parse_args()
     args.data_dir = args.data_dir or Path(os.environ.get("LOTTALORA_DATA") or "../shared/data")
     if args.quick:
@@ -275,20 +281,23 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def begin(args: argparse.Namespace, **settings: Any) -> tuple[dict[str, Any], Split, Split]:
+    """Results so far, and the data: (result, training set, test set)."""
     torch.set_num_threads(args.threads)
-    output = args.output or RESULTS
-    settings = {"epochs": args.epochs, "batch_size": args.batch_size}
-    result = (None if args.quick else read_json(output)) or {"settings": settings, "runs": {}}
+    settings |= {"epochs": args.epochs, "batch_size": args.batch_size}
+    result = (None if args.quick else read_json(args.output)) or {"settings": settings, "runs": {}}
     if result["settings"] != settings:
-        raise SystemExit(f"{output} holds runs with other settings: {result['settings']}. Pass another --output.")
+        raise SystemExit(f"{args.output} holds runs with other settings: {result['settings']}. Pass another --output.")
     result["environment"] = environment()
     train, test = (load_split(args.data_dir / "mnist", name) for name in ("train", "t10k"))
-    if args.quick:
-        train = train[:6000]
+    train = train[:2000] if args.quick else train
     train, test = (Split(split.x.to(args.device), split.y.to(args.device)) for split in (train, test))
+    return result, train, test
 
+
+def main() -> None:
+    args = parse_args()
+    result, train, test = begin(args)
     cells = []
     for preset in args.preset:
         if "lottalora" in args.methods:
@@ -303,7 +312,7 @@ def main() -> None:
                 tqdm.write(f"{key}: {found['test_accuracy']:.2%}, {found['seconds']} s")
                 result["summary"] = summarise(result["runs"])
                 if not args.quick:
-                    write_json(output, result)
+                    write_json(args.output, result)
     print(table(summarise(result["runs"])))
 
 

@@ -17,16 +17,14 @@ All with alpha = r, see `mnist.py`. Finished runs are kept, so it can be interru
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-import torch
-from mnist import FIRST_SEED, Cell, Split, load_split, run
-from report import environment, read_json, write_json
+from mnist import FIRST_SEED, Cell, begin, parse_common, run
+from report import write_json
 from tqdm.auto import tqdm
 
 from hf_lottalora import FAMILIES
@@ -146,34 +144,13 @@ def parse_args() -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=f"    python{commands}", formatter_class=layout)
     add = parser.add_argument
-    add("--data_dir", type=Path, help="holds mnist/*-ubyte.gz (default: $LOTTALORA_DATA, or ../shared/data)")
-    add("--output", type=Path, default=RESULTS, help=f"result file, also read to go on (default: {RESULTS.name})")
     add("--only", nargs="+", choices=TABLES, default=TABLES, help="default: all")
-    add("--seeds", type=int, default=3, help=f"how many, from {FIRST_SEED} on (default: 3)")
-    add("--epochs", type=int, default=20)
-    add("--batch_size", type=int, default=128)
-    add("--device", default="cpu")
-    add("--threads", type=int, default=1, help="of torch (default: 1, the networks are small)")
-    add("--quick", action="store_true", help="smoke run: 2,000 images, one epoch, one seed, not recorded")
-    args = parser.parse_args()
-    args.data_dir = args.data_dir or Path(os.environ.get("LOTTALORA_DATA") or "../shared/data")
-    if args.quick:
-        args.seeds, args.epochs = 1, 1
-    return args
+    return parse_common(parser, RESULTS)
 
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    settings = {"preset": "medium", "alpha": "r", "epochs": args.epochs, "batch_size": args.batch_size}
-    result = (None if args.quick else read_json(args.output)) or {"settings": settings, "runs": {}}
-    if result["settings"] != settings:
-        raise SystemExit(f"{args.output} holds runs with other settings: {result['settings']}. Pass another --output.")
-    result["environment"] = environment()
-    train, test = (load_split(args.data_dir / "mnist", name) for name in ("train", "t10k"))
-    train = train[:2000] if args.quick else train
-    train, test = (Split(split.x.to(args.device), split.y.to(args.device)) for split in (train, test))
-
+    result, train, test = begin(args, preset="medium", alpha="r")
     wanted = {variant.key: variant for table in args.only for variant in variants(table)}
     with tqdm(total=args.seeds * len(wanted), unit="run") as bar:
         for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):

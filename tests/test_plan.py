@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,42 +11,30 @@ from accelerate import init_empty_weights
 from peft import get_peft_model
 from tiny import bert, config, gpt2, llama, mlp, t5, vit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from hf_lottalora import Plan, make_plan
 
-# paper section 5: layers, hidden, heads, MLP, then A + B + beta for r = 1, 2, 4, 8 and the total of the base model.
-PAPER_SCALES = {
-    "3M": (6, 64, 4, 192, (3_096, 6_168, 12_312, 24_600), 2_368_320),
-    "30M": (10, 384, 6, 1_024, (30_760, 61_480, 122_920, 245_800), 29_990_784),
-    "300M": (22, 1_024, 16, 2_816, (180_312, 360_536, 720_984, 1_441_880), 315_405_312),
-    "600M": (30, 1_344, 21, 3_584, (322_680, 645_240, 1_290_360, 2_580_600), 693_370_944),
-    "900M": (34, 1_664, 26, 4_608, (452_744, 905_352, 1_810_568, 3_621_000), 1_212_039_296),
-}
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import paper_sizes
+
+TOTALS = {"3M": 2_368_320, "30M": 29_990_784, "300M": 315_405_312, "600M": 693_370_944, "900M": 1_212_039_296}
 
 
 def roles(plan: Plan) -> dict[str, str]:
     return {tensor.path: tensor.role for tensor in plan.tensors}
 
 
-@pytest.mark.parametrize("scale", PAPER_SCALES)
+@pytest.mark.parametrize("scale", TOTALS)
 def test_internal_parameters_equal_the_papers(scale: str) -> None:
-    layers, hidden, heads, ffn, counts, total = PAPER_SCALES[scale]
-    architecture = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        tie_word_embeddings=True,
-    )
     with init_empty_weights(include_buffers=False):
-        model = LlamaForCausalLM(architecture)
+        model = LlamaForCausalLM(paper_sizes.architecture(scale))
     model.tie_weights()
-    for r, count in zip((1, 2, 4, 8), counts, strict=True):
+    for r, count in zip(paper_sizes.RANKS, paper_sizes.SCALES[scale][-1], strict=True):
         plan = make_plan(model, config(r=r, lora_alpha=16))
         assert plan.adapter_parameters == count
-        assert plan.total_parameters - count == total
+        assert plan.total_parameters - count == TOTALS[scale]
 
 
 def test_roles_of_a_llama() -> None:

@@ -5,7 +5,7 @@ tensor), `functional`, `layer` and `conv` (the equation). That is the paper. The
 `initialization` and `survey` (what a model consists of), `targets`, `plan` and `planner` (roles of its tensors),
 `base_model` and `trained` (their values), `model` (the PEFT tuner) with `second_adapter` and `reseed`, `checkpoint`,
 `artifact` and `auto` (saving and loading), `distributed`; experiments: `resampling`, `beta_report`, `rank_search`,
-`cost_report`. `_registry` makes the method known to PEFT when the package is imported.
+`cost_report` (with `_figure`). `_registry` makes the method known to PEFT when the package is imported.
 """
 
 from ._registry import register as _register

@@ -13,15 +13,13 @@ import torch
 from scipy.sparse.linalg import svds
 from transformers import Trainer, TrainerCallback
 
+from ._figure import COLOURS, GREY, MARKERS, drawing
 from .layer import ScaffoldLayer
 from .model import tuner_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from peft import PeftModel
-
-# Told apart by colour-blind readers too.
-_COLOURS, _MARKERS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), "osD^vP"
 
 
 @dataclass(frozen=True)
@@ -93,30 +91,23 @@ class BetaReport:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
-
-        if axes is None:
-            axes = Figure(figsize=(7, 4.2), layout="constrained").subplots()
-        kinds = list(dict.fromkeys(layer.kind for layer in self.layers))
-        depths = [(layer, index if layer.depth is None else layer.depth) for index, layer in enumerate(self.layers)]
-        for number, kind in enumerate(kinds):
-            points = [(depth, layer.beta) for layer, depth in depths if layer.kind == kind]
-            xs = [depth + 0.14 * (number - (len(kinds) - 1) / 2) for depth, _ in points]
-            ys = [beta for _, beta in points]
-            colour = _COLOURS[number % len(_COLOURS)]
-            axes.vlines(xs, 1, ys, color=colour, alpha=0.4, linewidth=2)
-            axes.scatter(xs, ys, s=46, label=kind, zorder=3, color=colour, marker=_MARKERS[number % len(_MARKERS)])
-        axes.axhline(1, color="#6b7280", linewidth=1, zorder=0)
-        axes.set(xlabel="layer", ylabel="beta")
-        axes.set_title("beta, the trained scale of each frozen matrix (starts at 1)", loc="left")
-        if len(depths) <= 24:
-            axes.set_xticks(sorted({depth for _, depth in depths}))
-        axes.margins(y=0.2)
-        axes.grid(axis="y", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, ncols=min(len(kinds), 6), loc="upper center", columnspacing=1.2, handletextpad=0.2)
-        if path is not None:
-            axes.get_figure().savefig(path, dpi=150)  # type: ignore[union-attr]
+        with drawing(axes, path, "beta, the trained scale of each frozen matrix (starts at 1)") as axes:
+            kinds = list(dict.fromkeys(layer.kind for layer in self.layers))
+            depths = [index if layer.depth is None else layer.depth for index, layer in enumerate(self.layers)]
+            for number, kind in enumerate(kinds):
+                shift = 0.14 * (number - (len(kinds) - 1) / 2)
+                points = [(d, layer.beta) for d, layer in zip(depths, self.layers, strict=True) if layer.kind == kind]
+                xs, ys = [depth + shift for depth, _ in points], [beta for _, beta in points]
+                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                axes.vlines(xs, 1, ys, color=colour, alpha=0.4, linewidth=2)
+                axes.scatter(xs, ys, s=46, label=kind, zorder=3, color=colour, marker=marker)
+            axes.axhline(1, color=GREY, linewidth=1, zorder=0)
+            axes.set(xlabel="layer", ylabel="beta")
+            if len(depths) <= 24:
+                axes.set_xticks(sorted(set(depths)))
+            axes.margins(y=0.2)
+            columns = min(len(kinds), 6)
+            axes.legend(frameon=False, ncols=columns, loc="upper center", columnspacing=1.2, handletextpad=0.2)
         return axes
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import Trainer
 
+from ._figure import COLOURS, GREY, drawing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -60,27 +62,19 @@ class RankSearch:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
-
-        if axes is None:
-            axes = Figure(figsize=(6, 4), layout="constrained").subplots()
-        ranks = sorted(rank for rank in self.losses if rank != FULL)
-        axes.plot(ranks, [self.mean(rank) for rank in ranks], color="#0072b2", marker="o", label="LottaLoRA, mean")
-        xs, ys = zip(*((rank, loss) for rank in ranks for loss in self.losses[rank].values()), strict=True)
-        axes.scatter(xs, ys, s=14, color="#0072b2", alpha=0.4, label="each seed")
-        axes.axhline(self.mean(FULL), color="#6b7280", label="full training")
-        axes.axhline(self.mean(FULL) + self.epsilon, color="#6b7280", linestyle="--", label="full + eps")
-        if self.rank is not None:
-            axes.axvline(self.rank, color="#e69f00", linewidth=6, alpha=0.4, label=f"r* = {self.rank}")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ranks, [str(rank) for rank in ranks])
-        axes.set(xlabel="rank", ylabel="loss")
-        axes.set_title("Minimum sufficient rank", loc="left")
-        axes.grid(axis="y", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        if path is not None:
-            axes.get_figure().savefig(path, dpi=150)  # type: ignore[union-attr]
+        with drawing(axes, path, "Minimum sufficient rank") as axes:
+            ranks = sorted(rank for rank in self.losses if rank != FULL)
+            axes.plot(ranks, [self.mean(rank) for rank in ranks], color=COLOURS[0], marker="o", label="LottaLoRA, mean")
+            xs, ys = zip(*((rank, loss) for rank in ranks for loss in self.losses[rank].values()), strict=True)
+            axes.scatter(xs, ys, s=14, color=COLOURS[0], alpha=0.4, label="each seed")
+            axes.axhline(self.mean(FULL), color=GREY, label="full training")
+            axes.axhline(self.mean(FULL) + self.epsilon, color=GREY, linestyle="--", label="full + eps")
+            if self.rank is not None:
+                axes.axvline(self.rank, color=COLOURS[1], linewidth=6, alpha=0.4, label=f"r* = {self.rank}")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ranks, [str(rank) for rank in ranks])
+            axes.set(xlabel="rank", ylabel="loss")
+            axes.legend(frameon=False)
         return axes
 
 
