@@ -65,7 +65,8 @@ def test_paper_defaults() -> None:
         ({"init_lora_weights": "corda"}, ValueError, "init_lora_weights='corda' makes no sense"),
         ({"init_lora_weights": "gaussian"}, ValueError, "init_lora_weights='gaussian' makes no sense"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, ValueError, "makes no sense"),
-        ({"use_dora": True}, ValueError, "does not take use_dora"),
+        ({"use_dora": True, "embeddings": "lora"}, ValueError, "use_dora is for layers that multiply"),
+        ({"residual": 1}, ValueError, "residual must be True or False, got 1"),
         ({"bias": "all"}, ValueError, "does not take bias: which biases are trained is said by biases="),
         ({"lora_bias": True}, ValueError, "does not take lora_bias"),
         ({"layer_replication": [(0, 2)]}, ValueError, "does not take layer_replication"),
@@ -90,7 +91,7 @@ def test_every_lora_option_is_taken_or_refused() -> None:
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
         "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
         "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-        "runtime_config", "target_modules", "task_type", "use_rslora",
+        "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(LoraConfig)} - honoured - set(_REFUSED) == set()
 

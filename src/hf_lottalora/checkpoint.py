@@ -38,6 +38,7 @@ def manifest(plan: Plan) -> torch.Tensor:
         "scaffold": digests,
         "kept": plan.kept_digests,
         "scaling": {adapter.path: adapter.scaling for adapter in plan.adapters},
+        "residual": any(adapter.residual for adapter in plan.adapters),
     }
     data = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -58,7 +59,7 @@ def read_manifest(tensor: torch.Tensor | None, where: str) -> dict[str, Any]:
         content = json.loads(bytes(tensor.cpu().contiguous().numpy()))
         version, generator, _ = content["format_version"], content["generator"], content["seed"]
         digest = combined_digest(content["seed"], content["scaffold"])
-        content["kept"], content["scaling"]
+        content["kept"], content["scaling"], content["residual"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} has a damaged {MANIFEST_KEY!r} ({error}).") from error
     if version != FORMAT_VERSION or generator != GENERATOR:
@@ -111,6 +112,11 @@ def check_state_dict(plan: Plan, state_dict: Mapping[str, torch.Tensor], where: 
     content = read_manifest(state_dict.get(MANIFEST_KEY), where)
     check_scaffold(plan, content["seed"], content["scaffold"], content["kept"], where)
     check_shapes(plan, {key: tuple(value.shape) for key, value in state_dict.items()}, where, "Nothing was loaded.")
+    if content["residual"] != any(adapter.residual for adapter in plan.adapters):
+        raise ValueError(
+            f"{where} was trained with residual={content['residual']}, this model has {not content['residual']}. "
+            "Nothing was loaded. Use the same option in LottaLoraConfig."
+        )
     for adapter in plan.adapters:  # the same ones: their keys were just compared
         trained_with = content["scaling"].get(adapter.path)
         if trained_with != adapter.scaling:

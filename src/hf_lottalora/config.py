@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Redraw = Literal["all", "targets", "none"]
 Embeddings = Literal["train", "frozen", "lora"]
 TrainOrFrozen = Literal["train", "frozen"]
-Head = Literal["train", "lora"]
+Head = Literal["train", "lora", "lora_bias"]
 
 # Options of LoraConfig that read, decompose or rewrite the base weight, or that this version does not carry over a
 # scaffold. Each is refused by name unless it has its default value, and is left out of adapter_config.json.
@@ -45,7 +45,6 @@ _REFUSED = {
     "target_parameters": "adapters on bare parameters are not supported",
     "trainable_token_indices": "embeddings are trained as a whole, frozen, or adapted: see the field `embeddings`",
     "use_bdlora": "BD-LoRA is not supported",
-    "use_dora": "DoRA is not supported yet",
     "use_qalora": "QA-LoRA needs a quantised base",
     "velora_config": "VeLoRA is not supported",
 }
@@ -113,12 +112,25 @@ class LottaLoraConfig(LoraConfig):
     head: Head | None = field(
         default=None,
         metadata={
-            "help": "Task or language-model head: 'train' whole, or 'lora' = drawn, frozen and adapted. Default: "
-            "'train', and for a head tied to the embeddings whatever `embeddings` says."
+            "help": "Task or language-model head: 'train' whole, 'lora' = drawn, frozen and adapted, or 'lora_bias' = "
+            "the same with its bias trained. Default: 'train', and for a head tied to the embeddings whatever "
+            "`embeddings` says. A plain nn.Module: name the head in modules_to_save, or in target_modules, and with "
+            "'head.bias' in modules_to_save its bias is trained."
         },
     )
     norms: TrainOrFrozen = field(
         default="train", metadata={"help": "Normalisation layers: 'train' (default, paper section 1) or 'frozen'."}
+    )
+    layer_norm: bool = field(
+        default=False,
+        metadata={
+            "help": "A trained LayerNorm on the output of each adapted linear layer, before the nonlinearity (paper "
+            "section 1). Such an adapter cannot be merged."
+        },
+    )
+    residual: bool = field(
+        default=False,
+        metadata={"help": "Add its input to the output of each adapted layer that keeps its shape (paper section 1)."},
     )
     biases: TrainOrFrozen = field(
         default="frozen",
@@ -181,6 +193,9 @@ class LottaLoraConfig(LoraConfig):
             self.scale = get_family(self.family).scale_rule
         self._check_choices()
         self._check_rank()
+        extras = [name for name in ("use_dora", "layer_norm", "residual") if getattr(self, name)]
+        if extras and self.embeddings == "lora":
+            raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
         self._check_refused()
         if self.family == "zero" and self.init_lora_weights is True and not from_file:
             warnings.warn(
@@ -215,7 +230,7 @@ class LottaLoraConfig(LoraConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
-        for name in ("train_beta", "save_kept"):
+        for name in ("train_beta", "save_kept", "layer_norm", "residual"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         rule, gain = self.scale, get_family(self.family).scale_rule == "gain"

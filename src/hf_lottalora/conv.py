@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import _ConvNd
+from torch import nn
 
 from .functional import ScaledConv, matmul_dtype
 from .layer import ScaffoldLayer
@@ -54,10 +55,21 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
             rows, base.weight, self._total_beta(adapters), base.stride, padding, base.dilation, base.groups
         )
         y = y.squeeze(0) if unbatched else y
-        if base.bias is not None:
+        if base.bias is not None and adapters[0] not in self.lora_magnitude:
             y = y + base.bias.to(y.dtype).view(-1, *(1 for _ in base.kernel_size))
         for name in adapters:
             A, B = self.lora_A[name], self.lora_B[name]
             hidden = A._conv_forward(self.lora_dropout[name](x), A.weight.to(x.dtype), None)
             y = y + B._conv_forward(hidden, B.weight.to(x.dtype), None) * self.scaling[name]
-        return y
+        return self._finished(y, x, adapters, channels=-1 - len(base.kernel_size))
+
+    @property
+    def _keeps_shape(self) -> bool:
+        base = self.get_base_layer()
+        spread = [d * (k - 1) for d, k in zip(base.dilation, base.kernel_size, strict=True)]
+        centred = all(k % 2 for k in base.kernel_size)
+        same = base.padding == "same" or all(2 * p == s for p, s in zip(base.padding, spread, strict=True))
+        return super()._keeps_shape and centred and same and set(base.stride) == {1}
+
+    def _dirac(self, kernel: torch.Tensor) -> torch.Tensor:
+        return nn.init.dirac_(kernel, self.get_base_layer().groups)

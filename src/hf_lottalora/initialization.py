@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 _RANDOM_OPS = ("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_")
 
@@ -109,4 +110,7 @@ def _run_init(twin: nn.Module, tensors: list[torch.Tensor], seed: int) -> tuple[
                     reset = getattr(module, name, None)
                     if callable(reset):
                         reset()
+                if isinstance(module, Conv1D):  # its init is in its constructor
+                    nn.init.normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
     return [tensor.detach().clone() for tensor in tensors], recorder.storages

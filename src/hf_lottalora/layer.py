@@ -25,7 +25,9 @@ from .scaffold import ScaffoldTensor
 class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     """What LottaLoRA adds to a PEFT LoRA layer: beta, and a base weight that can be drawn again."""
 
-    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_beta")
+    adapter_layer_names = (
+        *lora.LoraLayer.adapter_layer_names, "lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias"
+    )  # fmt: skip
 
     # How the base weight was drawn; None where a pretrained weight was kept.
     scaffold: ScaffoldTensor | None = None
@@ -34,12 +36,23 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         if "lora_beta" not in self._modules:
-            self.lora_beta = nn.ParameterDict()
+            self.lora_beta, self.lora_magnitude = nn.ParameterDict(), nn.ParameterDict()
+            self.lora_norm_weight, self.lora_norm_bias = nn.ParameterDict(), nn.ParameterDict()
             self.frozen_peft_weight_names = {}
+            self.residual: dict[str, bool] = {}
         self.lora_beta[adapter_name] = nn.Parameter(torch.ones(1))
+        self.residual[adapter_name] = config.residual
+        if config.use_dora:
+            self.lora_magnitude[adapter_name] = nn.Parameter(torch.ones(self.out_features))
+        if config.layer_norm:
+            self.lora_norm_weight[adapter_name] = nn.Parameter(torch.ones(self.out_features))
+            self.lora_norm_bias[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
         if not config.train_beta:
             self.frozen_peft_weight_names[adapter_name] = ("lora_beta",)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
+        """None: PEFT's variants would bypass beta. What there is of DoRA is here."""
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Nothing: the tuner draws A and B from the stream, by name (`init_adapter`)."""
@@ -62,9 +75,13 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             spec = ScaffoldTensor(f"{path}.lora_{role}.weight", tuple(tensor.shape), seed, family, scale)
             with torch.no_grad():
                 tensor.copy_(spec.draw(tensor.dtype, tensor.device))
+        if adapter_name in self.lora_magnitude:
+            self.lora_magnitude[adapter_name].data.copy_(self._row_norms(adapter_name))
 
     def _active(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lora_beta]
+        adapters = [name for name in self.active_adapters if name in self.lora_beta]
+        self._check_together(adapters)
+        return adapters
 
     def _total_beta(self, adapters: list[str]) -> torch.Tensor:
         if len(adapters) == 1:
@@ -88,7 +105,59 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         exact = torch.promote_types(original.dtype, torch.float32)
         A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
         product = self._product(A, B) * self.scaling[adapter]
-        return (self.lora_beta[adapter].detach().to(exact) - 1) * original.to(exact) + product
+        summed = self.lora_beta[adapter].detach().to(exact) * original.to(exact) + product
+        if adapter in self.lora_magnitude:
+            factor = self.lora_magnitude[adapter].detach().to(exact) / self._row_norms(adapter).to(exact)
+            summed = summed * (factor if self._weight_is_IO else factor.view(-1, *(1 for _ in summed.shape[1:])))
+        if self.residual[adapter] and self._keeps_shape:
+            identity = torch.empty_like(summed)
+            summed = summed + (nn.init.eye_(identity) if summed.dim() == 2 else self._dirac(identity))
+        return summed - original.to(exact)
+
+    @torch.no_grad()
+    def _row_norms(self, adapter: str) -> torch.Tensor:
+        """Norm of each output's weights in `beta W + scaling * B A`, shape `(O,)`, without forming B A. For DoRA."""
+        W = self.original_weight()
+        W = W.t() if self._weight_is_IO else W.flatten(1)
+        exact = torch.promote_types(W.dtype, torch.float32)
+        A, B = (tensor.to(exact).flatten(1) for tensor in self._pair(adapter))
+        beta, s = self.lora_beta[adapter].to(exact), self.scaling[adapter]
+        W = W.to(exact)
+        cross, low_rank = (W @ A.t() * B).sum(1), (B @ (A @ A.t()) * B).sum(1)
+        square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
+        return square.clamp_min(torch.finfo(exact).tiny).sqrt()
+
+    def _finished(self, y: torch.Tensor, x: torch.Tensor, adapters: list[str], channels: int = -1) -> torch.Tensor:
+        """What follows the sum: DoRA's magnitude, bias, residual, LayerNorm; `channels` is the dimension of outputs."""
+        name = adapters[0]
+        shape = [1] * y.dim()
+        shape[channels] = -1
+        if name in self.lora_magnitude:
+            y = y * (self.lora_magnitude[name] / self._row_norms(name)).to(y.dtype).view(shape)
+            bias = self.get_base_layer().bias
+            y = y if bias is None else y + bias.to(y.dtype).view(shape)
+        if self.residual[name] and self._keeps_shape:
+            y = y + x
+        if name in self.lora_norm_weight:
+            weight, bias = self.lora_norm_weight[name].to(y.dtype), self.lora_norm_bias[name].to(y.dtype)
+            y = F.layer_norm(y, (y.shape[-1],), weight, bias)
+        return y
+
+    def _check_together(self, adapters: list[str]) -> None:
+        """Refuse several adapters at once where what one computes is no sum."""
+        options = (self.lora_magnitude, self.lora_norm_weight, {name for name, on in self.residual.items() if on})
+        if len(adapters) > 1 and any(name in found for name in adapters for found in options):
+            raise ValueError(
+                f"Adapters {adapters} cannot be active together: use_dora, layer_norm and residual do not add up."
+            )
+
+    @property
+    def _keeps_shape(self) -> bool:
+        """Whether the output has the input's shape, so that a residual is possible."""
+        return bool(self.in_features == self.out_features)
+
+    def _dirac(self, kernel: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
     def _product(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         """B A in the layout of W."""
@@ -98,11 +167,15 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         """W <- beta W + scaling * B A, summed in float32 and rounded once.
 
         Raises:
-            ValueError: with `safe_merge`, the merged weight is not finite; nothing was changed.
+            ValueError: an adapter has a LayerNorm, several do not add up, or with `safe_merge` the merged weight is not
+                finite; nothing was changed.
         """
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_beta]
         if not adapters:
             return
+        self._check_together([*self.merged_adapters, *adapters])
+        if any(name in self.lora_norm_weight for name in adapters):
+            raise ValueError(f"Adapters {adapters} have a LayerNorm after the layer, which no weight can contain.")
         weight = self.get_base_layer().weight
         original = self.original_weight()
         exact = torch.promote_types(original.dtype, torch.float32)
@@ -171,11 +244,12 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
         fused = [name for name in adapters if name not in dropped]
         A, B, scaling = self._joined(fused)
         beta = self._total_beta(adapters)
-        y: torch.Tensor = ScaledLinear.apply(x, base.weight, base.bias, beta, A, B, scaling, self._weight_is_IO)
+        bias = None if adapters[0] in self.lora_magnitude else base.bias  # DoRA scales what comes before the bias
+        y: torch.Tensor = ScaledLinear.apply(x, base.weight, bias, beta, A, B, scaling, self._weight_is_IO)
         for name in dropped:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
             y = y + F.linear(F.linear(self.lora_dropout[name](x), A), B) * self.scaling[name]
-        return y
+        return self._finished(y, x, adapters)
 
     def _joined(self, adapters: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
         if not adapters:

@@ -64,7 +64,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """A, B, beta and the factor on B A over one module; a tied head shares those of the input embedding."""
+    """A, B, beta and their options over one module; a tied head shares those of the input embedding."""
 
     path: str
     kind: AdapterKind
@@ -74,6 +74,9 @@ class PlannedAdapter:
     scaling: float
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    dora: bool = False
+    layer_norm: bool = False
+    residual: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,7 +84,10 @@ class PlannedAdapter:
         r, d_in, d_out = self.r, self.in_features, self.out_features
         if self.kind in ("linear", "conv"):
             A, B = (r, d_in // self.groups, *self.kernel), (d_out, r // self.groups, *(1 for _ in self.kernel))
-            return {"lora_A.weight": A, "lora_B.weight": B, "lora_beta": (1,)}
+            shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": A, "lora_B.weight": B, "lora_beta": (1,)}
+            shapes.update({"lora_magnitude": (d_out,)} if self.dora else {})
+            shapes.update({"lora_norm_weight": (d_out,), "lora_norm_bias": (d_out,)} if self.layer_norm else {})
+            return shapes
         if self.kind == "embedding":
             return {"lora_embedding_A": (r, d_in), "lora_embedding_B": (d_out, r), "lora_beta": (1,)}
         return {}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # PEFT's task classes append these to modules_to_save whether the model has them or not.
 _PEFT_HEADS = {"classifier", "score", "qa_outputs"}
+_ADAPTED_HEADS = ("lora", "lora_bias")
 
 
 def make_plan(model: nn.Module, config: LottaLoraConfig) -> Plan:
@@ -94,7 +95,7 @@ def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: se
         if config.embeddings == "train" or (config.embeddings == "lora" and owner not in adapted):
             return "trained"  # too small for an adapter, or not a module that can carry one
         return drawn if config.redraw != "targets" else "kept"
-    if tensor.in_head and config.head != "lora":
+    if tensor.in_head and (config.head not in _ADAPTED_HEADS or (config.head == "lora_bias" and tensor.kind == "bias")):
         return "trained"
     if tensor.kind == "norm":
         return "trained" if config.norms == "train" else "kept"
@@ -141,9 +142,9 @@ def _plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> 
     targets = _target_names(survey, config)
     adapters = []
     for module in survey.modules:
-        whole = _under(module.path, extra) or (module.in_head and config.head != "lora")
+        whole = _under(module.path, extra) or (module.in_head and config.head not in _ADAPTED_HEADS)
         if (module.path in targets and not whole) or (
-            module.in_head and config.head == "lora" and module.kind == "linear" and not whole
+            module.in_head and config.head in _ADAPTED_HEADS and module.kind == "linear" and not whole
         ):
             adapters.append(_adapter(module, config, "linear", "conv"))
     if not adapters:
@@ -207,8 +208,12 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
             f"{module.path!r} is a convolution with groups={module.groups}: its rank must be a multiple of that, got "
             f"r={rank}. Pass rank_pattern for it, or leave it out of target_modules."
         )
+    if module.kind == "conv" and (config.layer_norm or (config.use_dora and module.groups > 1)):
+        what = "layer_norm" if config.layer_norm else "use_dora with groups"
+        raise ValueError(f"{what} is not supported on convolutions, and {module.path!r} is one.")
     sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
-    return PlannedAdapter(module.path, cast(AdapterKind, module.kind), *sizes)
+    kind = cast(AdapterKind, module.kind)
+    return PlannedAdapter(module.path, kind, *sizes, config.use_dora, config.layer_norm, config.residual)
 
 
 def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
@@ -233,19 +238,19 @@ def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
 
 
 def _modules_to_save(survey: Survey, config: LottaLoraConfig) -> set[str]:
-    """Paths of the modules that `config.modules_to_save` means: a full path, or its end."""
+    """Paths of the modules, or single parameters, that `config.modules_to_save` means: a full path, or its end."""
     found = set()
-    paths = {parent for t in survey.tensors for alias in t.aliases for parent in _parents(alias)}
+    paths = {path for t in survey.tensors for alias in t.aliases for path in (alias, *_parents(alias))}
     if isinstance(config.modules_to_save, str):
         raise ValueError(f"modules_to_save must be a list of module names, got the string {config.modules_to_save!r}.")
     # Not "or []": a list that was handed on to PEFT is falsy, see model._Handled.
     for name in dict.fromkeys(() if config.modules_to_save is None else config.modules_to_save):
-        if name in _PEFT_HEADS and config.head == "lora":
+        if name in _PEFT_HEADS and config.head in _ADAPTED_HEADS:
             continue  # appended by PEFT's task class, but the config wants an adapter there
         matches = {path for path in paths if path == name or path.endswith(f".{name}")}
         if not matches and name not in _PEFT_HEADS:
             raise ValueError(
-                f"modules_to_save names {name!r}, but {survey.class_name} has no such module with parameters."
+                f"modules_to_save names {name!r}, but {survey.class_name} has no such module or parameter."
             )
         found |= matches
     return found
