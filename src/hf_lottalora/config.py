@@ -139,6 +139,20 @@ class LottaLoraConfig(LoraConfig):
     train_beta: bool = field(
         default=True, metadata={"help": "Train beta (default, paper section 1); otherwise it stays 1."}
     )
+    family_pattern: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Other families by module, such as {'mlp.*': 'binary'}: names or regular expressions for the end of "
+            "a module's path, as in rank_pattern."
+        },
+    )
+    seed_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Offsets that are added to the seed by module (modulo 2**64), matched as family_pattern."},
+    )
+    train_beta_pattern: dict[str, bool] = field(
+        default_factory=dict, metadata={"help": "Exceptions to train_beta by module, matched as family_pattern."}
+    )
     save_kept: bool = field(
         default=False,
         metadata={
@@ -192,6 +206,7 @@ class LottaLoraConfig(LoraConfig):
         if self.scale is None:
             self.scale = get_family(self.family).scale_rule
         self._check_choices()
+        self._check_patterns()
         self._check_rank()
         extras = [name for name in ("use_dora", "layer_norm", "residual") if getattr(self, name)]
         if extras and self.embeddings == "lora":
@@ -241,6 +256,14 @@ class LottaLoraConfig(LoraConfig):
                 f"scale must be None, {', '.join(map(repr, [*rules]))}{', ' if rules else ''}or a positive number for "
                 f"family {self.family!r}, got {rule!r}."
             )
+
+    def _check_patterns(self) -> None:
+        for name, kind in (("family_pattern", str), ("seed_pattern", int), ("train_beta_pattern", bool)):
+            for key, value in getattr(self, name).items():
+                if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                    raise ValueError(f"{name}[{key!r}] must be of type {kind.__name__}, got {value!r}.")
+        for family in self.family_pattern.values():
+            get_family(family)
 
     def _check_rank(self) -> None:
         for where, rank in [("r", self.r), *(("rank_pattern", r) for r in (self.rank_pattern or {}).values())]:

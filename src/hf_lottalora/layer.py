@@ -47,9 +47,12 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if config.layer_norm:
             self.lora_norm_weight[adapter_name] = nn.Parameter(torch.ones(self.out_features))
             self.lora_norm_bias[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
-        if not config.train_beta:
-            self.frozen_peft_weight_names[adapter_name] = ("lora_beta",)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def freeze_beta(self, adapter_name: str) -> None:
+        """Beta stays as it is, whatever PEFT switches on."""
+        self.frozen_peft_weight_names[adapter_name] = ("lora_beta",)
+        self.lora_beta[adapter_name].requires_grad_(False)
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
         """None: PEFT's variants would bypass beta. What there is of DoRA is here."""

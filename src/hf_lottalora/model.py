@@ -168,6 +168,8 @@ class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
                     setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))  # type: ignore[operator]
                 continue
             layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
+            if not adapter.train_beta:
+                layer.freeze_beta(adapter_name)
             if not layer.lora_beta[adapter_name].is_meta:
                 path = names[f"{adapter.path}.weight"].removesuffix(".weight")
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))

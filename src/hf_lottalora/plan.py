@@ -74,6 +74,7 @@ class PlannedAdapter:
     scaling: float
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    train_beta: bool = True
     dora: bool = False
     layer_norm: bool = False
     residual: bool = False
@@ -107,7 +108,6 @@ class Plan:
         tensors: one entry per distinct tensor of the base model.
         adapters: one entry per adapted module.
         seed: the scaffold's.
-        train_beta: whether beta counts as trainable.
         digests: filled once, by `scaffold_digests`.
     """
 
@@ -115,7 +115,6 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     adapters: tuple[PlannedAdapter, ...]
     seed: int
-    train_beta: bool
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -136,7 +135,7 @@ class Plan:
     @property
     def adapter_parameters(self) -> int:
         """Trainable parameters in A, B and beta ("internal" in the paper's tables)."""
-        fixed = 0 if self.train_beta else sum("lora_beta" in adapter.shapes for adapter in self.adapters)
+        fixed = sum("lora_beta" in adapter.shapes and not adapter.train_beta for adapter in self.adapters)
         return sum(adapter.numel for adapter in self.adapters) - fixed
 
     @property

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from .families import get_family
 from .matrix_families import TRANSFORMS
 from .plan import AdapterKind, Plan, PlannedAdapter, PlannedTensor, Role
 from .scaffold import ScaffoldTensor
@@ -59,7 +60,9 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
     adapters = _plan_adapters(survey, config, extra)
     adapted = {adapter.path for adapter in adapters if adapter.kind != "tied_head"}
     tensors = tuple(_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors)
-    return Plan(survey, tensors, tuple(adapters), int(config.seed or 0), config.train_beta)
+    plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0))
+    _check_patterns(plan, config)
+    return plan
 
 
 def _plan_tensor(
@@ -107,9 +110,32 @@ def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: se
     return drawn if tensor.init.random else "kept"
 
 
+def _by_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    """The value for the module at this path, by PEFT's rules of matching."""
+    return pattern.get(get_pattern_key(pattern.keys(), path), default)
+
+
+def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:
+    """Refuse a key that does nothing."""
+    drawn = [path.rpartition(".")[0] for path in plan.scaffold]
+    adapted = [adapter.path for adapter in plan.adapters]
+    for name, paths in (("family_pattern", drawn), ("seed_pattern", drawn), ("train_beta_pattern", adapted)):
+        for key in getattr(config, name):
+            if not any(get_pattern_key([key], path) == key for path in paths):
+                what = "adapted" if name == "train_beta_pattern" else "drawn"
+                raise ValueError(
+                    f"{name} has the key {key!r}, which matches no {what} module. See print(make_plan(...))."
+                )
+
+
 def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig) -> ScaffoldTensor:
     matrix = tensor.kind == "matrix"
+    module = tensor.path.rpartition(".")[0]
+    family = _by_pattern(config.family_pattern, module, config.family)
     rule = config.scale if matrix and config.scale is not None else "initializer_range"
+    own = get_family(family).scale_rule
+    if matrix and family != config.family and (own == "gain" or rule == get_family(config.family).scale_rule):
+        rule = own
     scale = scale_of(rule, tensor.fan_in, tensor.fan_out, survey.initializer_range)
     if scale is None:
         raise ValueError(
@@ -117,10 +143,9 @@ def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConf
             "number, and embeddings='train'."
         )
     # A look-up table has no spectrum, and a scaffold that is switched off still needs something to read.
-    family = config.family if matrix or config.family not in ("zero", *TRANSFORMS) else "normal"
-    return ScaffoldTensor(
-        tensor.name, tensor.shape, int(config.seed or 0), family, scale, tensor.zero_row, tensor.stacked
-    )
+    family = family if matrix or family not in ("zero", *TRANSFORMS) else "normal"
+    seed = (int(config.seed or 0) + _by_pattern(config.seed_pattern, module, 0)) % 2**64
+    return ScaffoldTensor(tensor.name, tensor.shape, seed, family, scale, tensor.zero_row, tensor.stacked)
 
 
 def _own_init(tensor: SurveyedTensor, survey: Survey, seed: int) -> ScaffoldTensor | torch.Tensor | None:
@@ -198,10 +223,8 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
             f"nn.Conv1d, 2d and 3d, not on classes that compute something else; "
             f"{hint}."
         )
-    pattern = get_pattern_key((config.rank_pattern or {}).keys(), module.path)
-    rank: int = (config.rank_pattern or {}).get(pattern) or config.r
-    alphas: dict[str, Any] = config.alpha_pattern or {}
-    alpha: Any = alphas.get(get_pattern_key(alphas.keys(), module.path), config.lora_alpha)
+    rank: int = _by_pattern(config.rank_pattern or {}, module.path, config.r)
+    alpha: float = _by_pattern(config.alpha_pattern or {}, module.path, config.lora_alpha)
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     if rank % module.groups:
         raise ValueError(
@@ -212,8 +235,8 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
         what = "layer_norm" if config.layer_norm else "use_dora with groups"
         raise ValueError(f"{what} is not supported on convolutions, and {module.path!r} is one.")
     sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
-    kind = cast(AdapterKind, module.kind)
-    return PlannedAdapter(module.path, kind, *sizes, config.use_dora, config.layer_norm, config.residual)
+    kind, beta = cast(AdapterKind, module.kind), _by_pattern(config.train_beta_pattern, module.path, config.train_beta)
+    return PlannedAdapter(module.path, kind, *sizes, beta, config.use_dora, config.layer_norm, config.residual)
 
 
 def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
