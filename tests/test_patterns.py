@@ -23,7 +23,7 @@ def test_families_and_seeds_by_module(tmp_path: Path) -> None:
         family = "binary" if ".mlp." in path else "orthogonal" if "o_proj" in path else "normal"
         seed = 47 if "layers.1" in path else 2**64 - 1 if "down_proj" in path else 42
         assert (spec.family, spec.seed) == (family, seed), path
-        assert spec.scale == (1.0 if family == "orthogonal" else spec.shape[1] ** -0.5)
+        assert spec.scale == pytest.approx(1.0 if family == "orthogonal" else spec.shape[1] ** -0.5)
     perturb(model)
     model.save_pretrained(tmp_path)
     again = AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)

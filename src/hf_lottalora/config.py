@@ -142,8 +142,8 @@ class LottaLoraConfig(LoraConfig):
     family_pattern: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "help": "Other families by module, such as {'mlp.*': 'binary'}: names or regular expressions for the end of "
-            "a module's path, as in rank_pattern."
+            "help": "Other families by module, such as {'mlp.*': 'binary'}: names or regular expressions for the end "
+            "of a module's path, as in rank_pattern."
         },
     )
     seed_pattern: dict[str, int] = field(

@@ -38,7 +38,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if "lora_beta" not in self._modules:
             self.lora_beta, self.lora_magnitude = nn.ParameterDict(), nn.ParameterDict()
             self.lora_norm_weight, self.lora_norm_bias = nn.ParameterDict(), nn.ParameterDict()
-            self.frozen_peft_weight_names = {}
+            self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             self.residual: dict[str, bool] = {}
         self.lora_beta[adapter_name] = nn.Parameter(torch.ones(1))
         self.residual[adapter_name] = config.residual
