@@ -16,7 +16,7 @@ from hf_lottalora import AutoLottaLoraModelForCausalLM, make_plan
 def test_families_and_seeds_by_module(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "family_pattern": {r"mlp\..*": "binary", "o_proj": "orthogonal"},
-        "seed_pattern": {r"layers\.1\..*": 5, "down_proj": -43},
+        "seed_pattern": {r"layers\.1\..*": 5, r"layers\.0\.mlp\.down_proj": -43},
     }
     model = get_peft_model(llama(), config(**options))
     for path, spec in model.get_plan().scaffold.items():
@@ -60,6 +60,11 @@ def test_beta_by_module() -> None:
             {"train_beta_pattern": {"up_proj": False}},
             "train_beta_pattern has the key 'up_proj', which matches no adapted",
         ),
+        (
+            {"family_pattern": {"mlp.*": "binary", "up_proj": "zero"}},
+            r"several keys for '\S+up_proj', which disagree: \['mlp",
+        ),
+        ({"rank_pattern": {"q_proj": 2, ".*proj": 3}}, "rank_pattern has several keys for"),
         ({"family_pattern": {"q_proj": "gauss"}}, "family must be one of"),
         ({"family_pattern": {"q_proj": 1}}, r"family_pattern\['q_proj'\] must be of type str, got 1"),
         ({"seed_pattern": {"q_proj": True}}, r"seed_pattern\['q_proj'\] must be of type int, got True"),

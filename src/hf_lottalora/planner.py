@@ -110,9 +110,19 @@ def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: se
     return drawn if tensor.init.random else "kept"
 
 
-def _by_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """The value for the module at this path, by PEFT's rules of matching."""
-    return pattern.get(get_pattern_key(pattern.keys(), path), default)
+def _by_pattern(config: LottaLoraConfig, name: str, path: str, default: Any) -> Any:
+    """The value of a pattern for the module at this path, by PEFT's rules of matching.
+
+    Raises:
+        ValueError: several keys match and disagree. adapter_config.json sorts them, so their order cannot decide.
+    """
+    pattern = getattr(config, name) or {}
+    matching = [key for key in pattern if get_pattern_key([key], path) == key]
+    if len({repr(pattern[key]) for key in matching}) > 1:
+        raise ValueError(
+            f"{name} has several keys for {path!r}, which disagree: {matching}. Make each module match one."
+        )
+    return pattern[matching[0]] if matching else default
 
 
 def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:
@@ -131,7 +141,7 @@ def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:
 def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig) -> ScaffoldTensor:
     matrix = tensor.kind == "matrix"
     module = tensor.path.rpartition(".")[0]
-    family = _by_pattern(config.family_pattern, module, config.family)
+    family = _by_pattern(config, "family_pattern", module, config.family)
     rule = config.scale if matrix and config.scale is not None else "initializer_range"
     own = get_family(family).scale_rule
     if matrix and family != config.family and (own == "gain" or rule == get_family(config.family).scale_rule):
@@ -144,7 +154,7 @@ def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConf
         )
     # A look-up table has no spectrum, and a scaffold that is switched off still needs something to read.
     family = family if matrix or family not in ("zero", *TRANSFORMS) else "normal"
-    seed = (int(config.seed or 0) + _by_pattern(config.seed_pattern, module, 0)) % 2**64
+    seed = (int(config.seed or 0) + _by_pattern(config, "seed_pattern", module, 0)) % 2**64
     return ScaffoldTensor(tensor.name, tensor.shape, seed, family, scale, tensor.zero_row, tensor.stacked)
 
 
@@ -223,8 +233,8 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
             f"nn.Conv1d, 2d and 3d, not on classes that compute something else; "
             f"{hint}."
         )
-    rank: int = _by_pattern(config.rank_pattern or {}, module.path, config.r)
-    alpha: float = _by_pattern(config.alpha_pattern or {}, module.path, config.lora_alpha)
+    rank: int = _by_pattern(config, "rank_pattern", module.path, config.r)
+    alpha: float = _by_pattern(config, "alpha_pattern", module.path, config.lora_alpha)
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     if rank % module.groups:
         raise ValueError(
@@ -235,7 +245,8 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
         what = "layer_norm" if config.layer_norm else "use_dora with groups"
         raise ValueError(f"{what} is not supported on convolutions, and {module.path!r} is one.")
     sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
-    kind, beta = cast(AdapterKind, module.kind), _by_pattern(config.train_beta_pattern, module.path, config.train_beta)
+    kind = cast(AdapterKind, module.kind)
+    beta: bool = _by_pattern(config, "train_beta_pattern", module.path, config.train_beta)
     return PlannedAdapter(module.path, kind, *sizes, beta, config.use_dora, config.layer_norm, config.residual)
 
 
