@@ -8,6 +8,7 @@ import torch
 from peft import get_peft_model
 from tiny import bert, config, gpt2, ids, llama, mlp, vit
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import DistilBertConfig, DistilBertModel, Gemma2Config, Gemma2ForCausalLM
 
 from hf_lottalora import ScaffoldTensor
@@ -140,6 +141,13 @@ def test_a_plain_module_is_drawn_from_the_seed_alone() -> None:
         assert "encoder.layers.0.self_attn.in_proj_weight" in model.get_plan().scaffold
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_matrix_under_weight_norm_is_drawn() -> None:
+    module = nn.Sequential(weight_norm(nn.Conv1d(4, 6, 3)), nn.Flatten(), nn.Linear(6, 2))
+    get_peft_model(module, config(target_modules=["2"]))
+    spec = ScaffoldTensor("0.parametrizations.weight.original1", (6, 4, 3), 42, scale=12**-0.5)
+    torch.testing.assert_close(module[0].weight, spec.draw())
 
 
 def test_values_that_no_init_code_makes_are_named() -> None:

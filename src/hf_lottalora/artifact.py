@@ -113,14 +113,28 @@ def check_architecture(saved: Mapping[str, Any] | None, architecture: Any) -> No
     """
     if saved is None or architecture is None:
         return
-    live = json.loads(json.dumps(architecture.to_dict(), default=str))
+    difference = _difference(saved, json.loads(json.dumps(architecture.to_dict(), default=str)))
+    if difference:
+        key, theirs, ours = difference
+        raise ValueError(
+            f"The artifact was made over another architecture: its config.json says {key}={theirs!r}, this model has "
+            f"{ours!r}. Nothing was loaded. Build the base model from that config.json."
+        )
+
+
+def _difference(saved: Mapping[str, Any], live: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first key that both have with other values, also within the configurations of parts (text, vision)."""
     for key in sorted(saved.keys() & live.keys()):
-        neutral = key.startswith("_") or any(part in key for part in _NEUTRAL)
-        if not neutral and saved[key] != live[key]:
-            raise ValueError(
-                f"The artifact was made over another architecture: its config.json says {key}={saved[key]!r}, this "
-                f"model has {live[key]!r}. Nothing was loaded. Build the base model from that config.json."
-            )
+        if key.startswith("_") or any(part in key for part in _NEUTRAL):
+            continue
+        theirs, ours = saved[key], live[key]
+        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+            found = _difference(theirs, ours, f"{prefix}{key}.")
+            if found:
+                return found
+        elif theirs != ours:
+            return f"{prefix}{key}", theirs, ours
+    return None
 
 
 def check_not_pickled(folder: str | os.PathLike[str]) -> None:

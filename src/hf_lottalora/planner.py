@@ -59,7 +59,8 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
     _check_tied_options(survey, config, extra)
     adapters = _plan_adapters(survey, config, extra)
     adapted = {adapter.path for adapter in adapters if adapter.kind != "tied_head"}
-    tensors = tuple(_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors)
+    planned = [_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors]
+    tensors = tuple(_with_norm_of_direction(tensor, planned) for tensor in planned)
     plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0))
     _check_patterns(plan, config)
     return plan
@@ -82,6 +83,17 @@ def _plan_tensor(
     start = _own_init(tensor, survey, config.effective_adapter_seed) if config.redraw == "all" else None
     saved = role == "trained" or config.redraw == "all" or config.save_kept
     return PlannedTensor(tensor, role, base, start, saved)
+
+
+def _with_norm_of_direction(tensor: PlannedTensor, planned: list[PlannedTensor]) -> PlannedTensor:
+    """Weight norm holds a matrix as size g and direction v: where v is drawn, g is its norm, so that it is the draw."""
+    parent, _, attribute = tensor.path.rpartition(".")
+    direction = next((t for t in planned if t.path == f"{parent}.original1"), None)
+    if attribute != "original0" or direction is None or not isinstance(direction.base, ScaffoldTensor):
+        return tensor
+    v, size = direction.base.draw(), tensor.survey.shape
+    norm = torch.linalg.vector_norm(v, dim=[i for i in range(v.dim()) if size[i] == 1], keepdim=True)
+    return replace(tensor, base=norm, start=norm, survey=replace(tensor.survey, arbitrary=False))
 
 
 def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: set[str], adapted: set[str]) -> Role:

@@ -14,6 +14,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -42,8 +44,8 @@ class SurveyedTensor:
         fan_out: outputs per input, likewise.
         stacked: how many matrices it holds, more than 1 for fused experts.
         zero_row: padding row of an embedding.
-        arbitrary: whether it is a parameter that no init code of a plain `nn.Module` sets, and not one constant either:
-            its values are whatever the module was built with.
+        arbitrary: whether it is a parameter that no init code sets, and not one constant either: its values are
+            whatever the module was built with.
     """
 
     path: str
@@ -157,13 +159,17 @@ def survey_model(model: nn.Module) -> Survey:
 
     kinds = {key: _kind(module, attribute) for key, (module, attribute) in owners.items()}
     # Large look-up tables are random in every architecture; only their size would be in the way of the probe.
-    probe_lightly = {key for key, kind in kinds.items() if kind == "matrix"}
+    matrices = {key for key, kind in kinds.items() if kind == "matrix"}
+    probe_lightly = {key for key in matrices if not isinstance(owners[key][0], ParametrizationList)}
     if input_embeddings is not None and getattr(input_embeddings, "weight", None) is not None:
         probe_lightly.add(id(input_embeddings.weight))
     init = architecture_init(model, probe_lightly)
     constant = {key for key in probe_lightly if not init[key].random}
     if constant:  # matrices that the architecture sets to a constant: now their value is wanted
         init = architecture_init(model, probe_lightly - constant)
+    # A matrix that no init code touches was made by its layer's constructor, and those draw at random.
+    untouched = {key for key in matrices if not init[key].random and init[key].value is None}
+    init.update(dict.fromkeys(untouched, InitialValue(True, None)))
 
     tensors = []
     for key, aliases in paths.items():
@@ -183,7 +189,7 @@ def survey_model(model: nn.Module) -> Survey:
                 tied_head=not in_head(path) and any(in_head(a) for a in aliases),
                 init=init[key],
                 **_fans(module, tensor),
-                arbitrary=not isinstance(model, PreTrainedModel) and _is_arbitrary(tensor, init[key]),
+                arbitrary=kinds[key] != "matrix" and _is_arbitrary(tensor, init[key]),
                 zero_row=getattr(module, "padding_idx", None) if kinds[key] == "embedding" else None,
             )
         )
@@ -236,6 +242,9 @@ def _kind(module: nn.Module, attribute: str) -> Kind:
         return "buffer"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if isinstance(module, ParametrizationList):
+        weight_norm = any(isinstance(part, _WeightNorm) for part in module)
+        return "matrix" if weight_norm and attribute == "original1" else "parameter"
     if "norm" in type(module).__name__.lower():
         return "norm"
     if isinstance(module, _RECURRENT):
@@ -264,6 +273,8 @@ def _fans(module: nn.Module, tensor: torch.Tensor) -> dict[str, int]:
         if isinstance(module, Conv1D):
             return {"fan_in": shape[0], "fan_out": shape[1]}
         return {"fan_in": math.prod(shape[1:]), "fan_out": shape[0] * math.prod(shape[2:])}
+    if isinstance(module, ParametrizationList):  # of a linear layer or convolution: outputs first
+        return {"fan_in": math.prod(tensor.shape[1:]), "fan_out": tensor.shape[0] * math.prod(tensor.shape[2:])}
     if tensor.ndim < 2:
         return {}
     d_in, d_out = tensor.shape[-1], tensor.shape[-2]
