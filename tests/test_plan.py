@@ -231,3 +231,13 @@ def test_the_plan_counts_what_is_trained_and_written(tmp_path: Any, changes: dic
     model.save_pretrained(tmp_path)
     written = (tmp_path / "adapter_model.safetensors").stat().st_size
     assert abs(written - plan.artifact_bytes()) <= 64
+
+
+@pytest.mark.parametrize("module", [nn.GRU(8, 8), nn.LSTMCell(8, 8), nn.MultiheadAttention(8, 2)])
+def test_recurrent_and_attention_modules_are_drawn_and_carry_no_adapter(module: nn.Module) -> None:
+    model = nn.ModuleDict({"cell": module, "head": nn.Linear(8, 2)})
+    plan = make_plan(model, config(target_modules=["head"]))
+    matrices = {f"cell.{name}" for name, p in module.named_parameters() if p.dim() == 2}
+    assert matrices and matrices <= plan.scaffold.keys()
+    with pytest.raises(ValueError, match=rf"target_modules matches 'cell', a {type(module).__name__}. Adapters go on"):
+        make_plan(model, config(target_modules=["cell"]))

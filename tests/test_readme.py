@@ -43,3 +43,9 @@ def test_options_in_the_readme_are_those_of_the_config() -> None:
     shown = re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE)))
     filled_in = {"format_version", "generator", "lottalora_version", "scaffold_digests", "kept_digests", "other_dtypes"}
     assert LottaLoraConfig.__annotations__.keys() - filled_in <= set(shown)
+
+
+def test_tests_named_in_the_docs_exist() -> None:
+    tests = Path(__file__).parent
+    named = re.findall(r"`(test_\w+\.py)`", (tests.parent / "docs" / "features.md").read_text())
+    assert named and all((tests / name).is_file() for name in named)
