@@ -127,6 +127,14 @@ def test_in_a_transformer(option: str, tmp_path: Path) -> None:
     assert torch.equal(logits(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+def test_dora_norms_are_exact_under_autocast() -> None:
+    _, layer, x = build("square", "dora", torch.float32)
+    expected = layer._row_norms("default")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer._row_norms("default"), expected)
+        assert layer(x).dtype == torch.bfloat16
+
+
 def test_two_at_once_are_refused() -> None:
     model = get_peft_model(mlp(), config(target_modules=["0"], embeddings="frozen", use_dora=True))
     model.add_adapter("other", config(target_modules=["0"], embeddings="frozen"))

@@ -24,7 +24,8 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
-def _without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Autocast switched off for the device of `x`, where it has any."""
     known = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
@@ -44,7 +45,7 @@ class ScaledLinear(torch.autograd.Function):
         weight_is_IO: bool,
     ) -> torch.Tensor:
         dtype = x.dtype
-        with _without_autocast(x):
+        with without_autocast(x):
             x_NI = x.reshape(-1, x.shape[-1])
             y_NO = F.linear(x_NI, _as_OI(weight, weight_is_IO, dtype))
             y_NO.mul_(beta)
@@ -68,7 +69,7 @@ class ScaledLinear(torch.autograd.Function):
         dx: Any = None
         dweight = dbias = dbeta = dA = dB = None
         dtype, scaling = x.dtype, ctx.scaling
-        with _without_autocast(x):
+        with without_autocast(x):
             x_NI = x.reshape(-1, x.shape[-1])
             g_NO = grad.reshape(-1, grad.shape[-1]).to(dtype)
             if need_x or need_beta:
@@ -130,7 +131,7 @@ class ScaledConv(torch.autograd.Function):
         dilation: tuple[int, ...],
         groups: int,
     ) -> torch.Tensor:
-        with _without_autocast(x):
+        with without_autocast(x):
             none = (0,) * len(stride)
             y = torch.convolution(x, _cast(weight, x.dtype), None, stride, padding, dilation, False, none, groups)
             return y.mul_(beta)
@@ -146,7 +147,7 @@ class ScaledConv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.options
         need_x, need_weight, need_beta = ctx.needs_input_grad[:3]
         dx = dweight = dbeta = None
-        with _without_autocast(x):
+        with without_autocast(x):
             dx, dweight, _ = torch.ops.aten.convolution_backward(
                 grad.to(x.dtype),
                 x,

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .functional import ScaledEmbedding, ScaledLinear, matmul_dtype
+from .functional import ScaledEmbedding, ScaledLinear, matmul_dtype, without_autocast
 from .scaffold import ScaffoldTensor
 
 
@@ -103,7 +103,10 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         return self._unmerged_weight
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """`(beta - 1) W + scaling * B A` in float32 (float64 for a float64 layer), in the layout of W."""
+        """What merging adds to W: `(beta - 1) W + scaling * B A`, with DoRA's magnitude and the residual if on.
+
+        In float32 (float64 for a float64 layer), in the layout of W.
+        """
         original = self.original_weight()
         exact = torch.promote_types(original.dtype, torch.float32)
         A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
@@ -126,8 +129,9 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         A, B = (tensor.to(exact).flatten(1) for tensor in self._pair(adapter))
         beta, s = self.lora_beta[adapter].to(exact), self.scaling[adapter]
         W = W.to(exact)
-        cross, low_rank = (W @ A.t() * B).sum(1), (B @ (A @ A.t()) * B).sum(1)
-        square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
+        with without_autocast(W):
+            cross, low_rank = (W @ A.t() * B).sum(1), (B @ (A @ A.t()) * B).sum(1)
+            square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
         return square.clamp_min(torch.finfo(exact).tiny).sqrt()
 
     def _finished(self, y: torch.Tensor, x: torch.Tensor, adapters: list[str], channels: int = -1) -> torch.Tensor:
