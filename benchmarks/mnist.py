@@ -263,13 +263,13 @@ def parse_args() -> argparse.Namespace:
     return parse_common(parser, RESULTS)
 
 
-def parse_common(parser: argparse.ArgumentParser, results: Path) -> argparse.Namespace:
+def parse_common(parser: argparse.ArgumentParser, results: Path, epochs: int = 20) -> argparse.Namespace:
     """Parse the command line, with the arguments that every benchmark on MNIST takes."""
     add = parser.add_argument
     add("--data_dir", type=Path, help="holds mnist/*-ubyte.gz (default: $LOTTALORA_DATA, or ../shared/data)")
     add("--output", type=Path, default=results, help=f"result file, also read to go on (default: {results.name})")
     add("--seeds", type=int, default=3, help=f"how many, from {FIRST_SEED} on (default: 3)")
-    add("--epochs", type=int, default=20)
+    add("--epochs", type=int, default=epochs, help=f"default: {epochs}")
     add("--batch_size", type=int, default=128)
     add("--device", default="cpu")
     add("--threads", type=int, default=1, help="of torch (default: 1, the networks are small)")
