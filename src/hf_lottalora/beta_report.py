@@ -123,7 +123,15 @@ def beta_report(model: PeftModel, adapter_name: str | None = None, spectral_norm
         ValueError: the model has no LottaLoRA adapter.
 
     Example:
-        >>> print(beta_report(model))  # doctest: +SKIP
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from hf_lottalora import LottaLoraConfig
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> model = get_peft_model(net, LottaLoraConfig(seed=42, r=1, target_modules=["0"], modules_to_save=["1"]))
+        >>> print(beta_report(model, spectral_norms=False))
+        layer      beta
+        0        1.0000
+        1 betas: min 1.0000, quartiles 1.0000 1.0000 1.0000, mean 1.0000, max 1.0000; not positive: 0
     """
     tuner = tuner_of(model)
     layers = dict(tuner.model.named_modules())
@@ -150,11 +158,10 @@ def spectral_norm(weight: torch.Tensor) -> float:
 class BetaCallback(TrainerCallback):
     """Logs min, median and max of the betas to a Trainer's reporters, whenever it logs.
 
+    To be added to a trainer that exists: `trainer.add_callback(BetaCallback(trainer))`.
+
     Args:
         trainer: whose `log` is used, so that all of its reporters get them.
-
-    Example:
-        >>> trainer.add_callback(BetaCallback(trainer))  # doctest: +SKIP
     """
 
     def __init__(self, trainer: Trainer) -> None:

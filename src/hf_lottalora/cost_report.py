@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .model import tuner_of
@@ -68,14 +69,20 @@ def cost_report(model: PeftModel, batch: Mapping[str, Any] | None = None) -> Cos
     Args:
         model: with a LottaLoRA adapter.
         batch: arguments of one forward pass that returns a loss, `input_ids` and `labels` say. FLOPs are counted by
-            running it on the meta device, forward and backward: no weight is read and nothing is allocated. The paper's
-            M is the number of elements of `input_ids`, else the rows of the first tensor.
+            running it on fake tensors, forward and backward: no weight is read and nothing is allocated. The paper's M
+            is the number of elements of `input_ids`, else the rows of the first tensor.
 
     Raises:
         ValueError: the model has no LottaLoRA adapter, or the batch gives no loss.
 
     Example:
-        >>> print(cost_report(model, {"input_ids": ids, "labels": ids}))  # doctest: +SKIP
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from hf_lottalora import LottaLoraConfig
+        >>> net = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.ReLU(), torch.nn.Linear(100, 100))
+        >>> model = get_peft_model(net, LottaLoraConfig(seed=42, r=1, target_modules=["0", "2"]))
+        >>> cost_report(model).full_bytes
+        320000
     """
     plan = tuner_of(model).get_plan()
     tensors = [tensor for tensor in plan.tensors if tensor.survey.kind != "buffer"]
@@ -125,18 +132,19 @@ def _bypassed(base: torch.nn.Module) -> Iterator[None]:
 
 def _counted(model: PeftModel, batch: Mapping[str, Any], full: bool) -> int:
     base: torch.nn.Module = model.get_base_model()
+    fake = FakeTensorMode()
     named = dict(base.named_parameters(remove_duplicate=False))
     twins: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
     for name, parameter in named.items():
         wanted = ("lora_" not in name) if full else parameter.requires_grad
         if id(parameter) not in twins:
-            twins[id(parameter)] = parameter.detach().to("meta").requires_grad_(wanted)
+            twins[id(parameter)] = fake.from_tensor(parameter.detach()).requires_grad_(wanted)
         state[name] = twins[id(parameter)]
-    state.update({name: buffer.to("meta") for name, buffer in base.named_buffers()})
-    inputs = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    state.update({name: fake.from_tensor(buffer) for name, buffer in base.named_buffers()})
+    inputs = {k: fake.from_tensor(value) if isinstance(value, torch.Tensor) else value for k, value in batch.items()}
     counter = FlopCounterMode(display=False)
-    with counter, _bypassed(base) if full else nullcontext():
+    with fake, counter, _bypassed(base) if full else nullcontext():
         output = torch.func.functional_call(base, state, kwargs=inputs, tie_weights=False)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:

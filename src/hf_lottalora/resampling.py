@@ -35,13 +35,16 @@ class ScaffoldResampler:
         ValueError: an unknown schedule, or a number of scaffolds that does not fit it.
 
     Example:
-        >>> resampler = ScaffoldResampler(model, "step", scaffolds=2)  # doctest: +SKIP
-        >>> for epoch in range(epochs):
-        ...     resampler.start_epoch()
-        ...     for x, y in batches:
-        ...         loss = resampler.backward(lambda x, y: cross_entropy(model(x), y), x, y)
-        ...         optimizer.step()
-        ...         optimizer.zero_grad()
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from hf_lottalora import LottaLoraConfig
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> model = get_peft_model(net, LottaLoraConfig(seed=42, r=1, target_modules=["0"], modules_to_save=["1"]))
+        >>> resampler = ScaffoldResampler(model, "step", scaffolds=2)
+        >>> x, y = torch.zeros(8, 4), torch.zeros(8, dtype=torch.long)
+        >>> loss = resampler.backward(lambda x, y: torch.nn.functional.cross_entropy(model(x), y), x, y)
+        >>> resampler.drawn  # and every epoch begins with resampler.start_epoch()
+        2
     """
 
     def __init__(self, model: PeftModel, schedule: Schedule, scaffolds: int = 1) -> None:
