@@ -68,7 +68,7 @@ class BetaReport:
         }
 
     def __str__(self) -> str:
-        width = max(len(layer.path) for layer in self.layers)
+        width = max(len("layer"), *(len(layer.path) for layer in self.layers))
         with_norms = any(layer.sigma_1 is not None for layer in self.layers)
         lines = [f"{'layer':<{width}} {'beta':>9}" + (f" {'sigma_1(W)':>11}" if with_norms else "")]
         for layer in self.layers:
