@@ -63,15 +63,19 @@ class Family:
         Raises:
             RuntimeError: the computed table is not the pinned one.
         """
-        table = _table(self.quantile, self.bits)
-        found = table_digest(table)
-        if found != self.table_digest:
-            raise RuntimeError(
-                f"The table of family {self.name!r} came out as {found}, expected {self.table_digest}. Scaffolds drawn "
-                "from it would differ from everybody else's. Install the SciPy version of the project's constraints "
-                "file."
-            )
-        return table
+        return _checked_table(self)
+
+
+@cache
+def _checked_table(family: Family) -> Array:
+    table = _table(family.quantile, family.bits)
+    found = table_digest(table)
+    if found != family.table_digest:
+        raise RuntimeError(
+            f"The table of family {family.name!r} came out as {found}, expected {family.table_digest}. Scaffolds drawn "
+            "from it would differ from everybody else's. Install the SciPy version of the project's constraints file."
+        )
+    return table
 
 
 def _symmetric(quantile: Callable[[Array], Array]) -> Callable[[Array], Array]:
