@@ -131,7 +131,10 @@ def test_an_artifact_over_another_architecture_is_refused(saved: tuple[PeftModel
         PeftModel.from_pretrained(llama(intermediate_size=64), saved[1])
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 2), ("hidden_act", "relu"), ("rms_norm_eps", 0.1)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_attention_heads", 2), ("hidden_act", "relu"), ("rms_norm_eps", 0.1), ("pad_token_id", 0)],
+)
 def test_an_architecture_of_the_same_shapes_that_computes_something_else_is_refused(
     saved: tuple[PeftModel, Path], key: str, value: Any
 ) -> None:

@@ -73,3 +73,23 @@ def test_without_a_batch_and_without_labels() -> None:
     assert report.flops is None and report.flops_counted is None and "FLOPs" not in str(report)
     with pytest.raises(ValueError, match="gives no loss; add labels"):
         cost_report(model, {"input_ids": ids()})
+
+
+def test_gradient_checkpointing_is_not_counted_and_stays_on() -> None:
+    x = {"input_ids": ids(), "labels": ids()}
+    plain, checkpointed = (get_peft_model(llama(), config()).train() for _ in range(2))
+    checkpointed.gradient_checkpointing_enable()
+    with torch.no_grad():
+        assert cost_report(checkpointed, x) == cost_report(plain, x)
+    assert checkpointed.base_model.model.model.layers[0].gradient_checkpointing is True
+
+
+def test_what_cannot_be_counted() -> None:
+    model = get_peft_model(llama(), config())
+    with pytest.raises(ValueError, match="The batch has no tensors"):
+        cost_report(model, {})
+    model.merge_adapter()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="Adapters are merged, so there is nothing to train"):
+        cost_report(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -108,6 +108,28 @@ def test_life_of_a_model(base: str, option: str, tmp_path: Path) -> None:
     assert torch.equal(again(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(
+    ("options", "keeps"),
+    [
+        ({"kernel_size": 1, "padding": "valid"}, True),
+        ({"kernel_size": 2, "padding": "same"}, True),
+        ({"kernel_size": 2, "padding": 1, "dilation": 2}, True),
+        ({"kernel_size": 3, "padding": 1, "stride": 2}, False),
+        ({"kernel_size": 3}, False),
+    ],
+)
+def test_the_residual_is_there_wherever_the_shape_stays(options: dict[str, Any], keeps: bool) -> None:
+    model = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, **options)), config(target_modules=["0"], residual=True))
+    layer, x = model.base_model.model[0], torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    plain = layer.base_layer(x)
+    assert (plain.shape == x.shape) == keeps
+    torch.testing.assert_close(layer(x), plain + x if keeps else plain)
+    if keeps and options["kernel_size"] == 2:
+        with pytest.raises(ValueError, match="with an even kernel cannot be merged"):
+            model.merge_adapter()
+
+
 def test_dora_starts_as_the_layer_without_it() -> None:
     plain = get_peft_model(llama(), config())
     dora = get_peft_model(llama(), config(use_dora=True))

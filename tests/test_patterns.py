@@ -39,6 +39,12 @@ def test_an_explicit_scale_holds_for_every_family_but_those_with_a_gain() -> Non
     assert scales["q_proj"] == scales["v_proj"] == 0.5 and scales["k_proj"] == 1.0
 
 
+def test_a_gain_is_not_taken_for_a_standard_deviation() -> None:
+    plan = make_plan(llama(), config(family="orthogonal", scale=2.0, family_pattern={"q_proj": "normal"}))
+    scales = {spec.name.split(".")[-2]: spec.scale for spec in plan.scaffold.values()}
+    assert scales["q_proj"] == pytest.approx(32**-0.5) and scales["v_proj"] == 2.0
+
+
 def test_beta_by_module() -> None:
     model = get_peft_model(llama(), config(train_beta_pattern={"v_proj": False}))
     frozen = {name for name, p in model.named_parameters() if "lora_beta" in name and not p.requires_grad}

@@ -94,6 +94,15 @@ def test_what_makes_no_sense(tmp_path: Path) -> None:
         minimum_sufficient_rank(Losses(), RANKS, seeds=[])
     with pytest.raises(ValueError, match=r"train\(rank=0, seed=0\) gave the loss nan"):
         minimum_sufficient_rank(lambda rank, seed: float("nan"), RANKS)
+    with pytest.raises(ValueError, match="full_loss must be a finite number, got nan"):
+        minimum_sufficient_rank(Losses(), RANKS, full_loss=float("nan"))
+    losses = Losses()
+    with pytest.raises(ValueError, match="is in a folder that does not exist"):
+        minimum_sufficient_rank(losses, RANKS, file=tmp_path / "missing" / "search.json")
+    assert losses.calls == []
+    (tmp_path / "nan.json").write_text('{"losses_by_rank_and_seed": {"0/0": NaN}}')
+    with pytest.raises(ValueError, match=r"nan.json is no record of a rank search"):
+        minimum_sufficient_rank(losses, RANKS, file=tmp_path / "nan.json")
     file = tmp_path / "notes.json"
     file.write_text(json.dumps({"mine": 1}))
     with pytest.raises(ValueError, match="notes.json is no record of a rank search"):

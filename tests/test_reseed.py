@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import bert, config, gpt2, llama, logits, mlp, perturb
+from torch.nn.utils.parametrizations import weight_norm
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM
 from hf_lottalora.survey import owner_of
@@ -131,3 +132,78 @@ def test_what_cannot_be_switched() -> None:
     refused(merged, r"Call unmerge_adapter\(\) first")
     with pytest.raises(ValueError, match="seed must satisfy"):
         get_peft_model(llama(), config()).set_scaffold_seed(-1)
+
+
+@pytest.mark.parametrize("context", [lambda m: m.scaffold_seed(43), lambda m: m.scaffold_off()])
+@pytest.mark.parametrize("act", ["merge_adapter", "merge_and_unload", "unload"])
+def test_merging_within_is_refused_and_the_end_is_the_beginning(context: Any, act: str) -> None:
+    model = get_peft_model(llama(), config())
+    perturb(model)
+    before = state(model)
+    with context(model):
+        within = logits(model)
+        with pytest.raises(ValueError, match="cannot be merged or unloaded within scaffold_seed or scaffold_off"):
+            getattr(model, act)()
+        assert torch.equal(logits(model), within)
+    assert same(state(model), before)
+    model.merge_and_unload()
+
+
+def test_contexts_nest() -> None:
+    model = get_peft_model(llama(), config())
+    perturb(model)
+    before = logits(model)
+    with model.scaffold_off():
+        off = logits(model)
+        with model.scaffold_off():
+            assert torch.equal(logits(model), off)
+        assert torch.equal(logits(model), off)
+        with model.scaffold_seed(43):
+            assert torch.equal(logits(model), off)
+        assert torch.equal(logits(model), off)
+    assert torch.equal(logits(model), before)
+    with model.scaffold_seed(43):
+        other = logits(model)
+        with model.scaffold_seed(44), model.scaffold_off():
+            assert torch.equal(logits(model), off)
+        assert torch.equal(logits(model), other)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_config_of_several_models_is_left_alone(tmp_path: Path) -> None:
+    shared = config()
+    first, second = get_peft_model(llama(), shared), get_peft_model(llama(), shared)
+    first.set_scaffold_seed(43)
+    assert shared.seed == 42 and shared.adapter_seed is None
+    second.save_pretrained(tmp_path / "second")
+    first.save_pretrained(tmp_path / "first")
+    for name, seed, model in (("first", 43, first), ("second", 42, second)):
+        again = AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path / name)
+        assert again.get_plan().seed == seed and torch.equal(logits(again), logits(model))
+    with second.scaffold_seed(7):
+        pass
+    assert second.peft_config["default"] is shared
+
+
+@pytest.mark.parametrize("family", ["normal", "orthogonal"])
+def test_a_backward_pass_over_another_scaffold_is_an_error(family: str) -> None:
+    model = get_peft_model(llama(), config(family=family))
+    x = torch.arange(3, 9)[None]
+    with model.scaffold_seed(43):
+        loss = model(input_ids=x, labels=x).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_under_weight_norm() -> None:
+    def module() -> torch.nn.Module:
+        return torch.nn.Sequential(weight_norm(torch.nn.Conv1d(4, 6, 3)), torch.nn.Flatten(), torch.nn.Linear(6, 2))
+
+    options: dict[str, Any] = {"target_modules": ["2"], "biases": "train"}
+    model, fresh = (get_peft_model(module(), config(seed=seed, **options)) for seed in (42, 43))
+    model.set_scaffold_seed(43)
+    assert torch.equal(model.base_model.model[0].weight, fresh.base_model.model[0].weight)
+    with pytest.raises(ValueError, match="a direction under weight norm, which cannot be zero"), model.scaffold_off():
+        pass
+    with pytest.raises(ValueError, match="which family='zero' cannot make"):
+        get_peft_model(module(), config(family="zero", init_lora_weights=False, **options))

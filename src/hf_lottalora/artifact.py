@@ -41,8 +41,9 @@ _LOADERS = {
 }
 # Parts of configuration keys that do not change what a model computes in evaluation.
 _NEUTRAL = (
-    "architectures", "attn_implementation", "cache", "checkpointing", "dropout", "dtype", "id2label", "label2id",
-    "output_", "problem_type", "return_dict", "token_id", "transformers_version", "vocab",
+    "architectures", "attn_implementation", "bos_token_id", "cache", "checkpointing", "decoder_start_token_id",
+    "dropout", "dtype", "forced_", "id2label", "label2id", "output_attentions", "output_hidden_states",
+    "output_router", "problem_type", "return_dict", "transformers_version", "vocab",
 )  # fmt: skip
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 _CARD_BEGIN, _CARD_END = "<!-- hf_lottalora: begin -->", "<!-- hf_lottalora: end -->"

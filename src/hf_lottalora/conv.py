@@ -66,10 +66,12 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
     @property
     def _keeps_shape(self) -> bool:
         base = self.get_base_layer()
+        around = base._reversed_padding_repeated_twice  # before and after each dimension, the last one first
+        padding = [before + after for before, after in zip(around[::2], around[1::2], strict=True)][::-1]
         spread = [d * (k - 1) for d, k in zip(base.dilation, base.kernel_size, strict=True)]
-        centred = all(k % 2 for k in base.kernel_size)
-        same = base.padding == "same" or all(2 * p == s for p, s in zip(base.padding, spread, strict=True))
-        return super()._keeps_shape and centred and same and set(base.stride) == {1}
+        return super()._keeps_shape and padding == spread and set(base.stride) == {1}
 
     def _dirac(self, kernel: torch.Tensor) -> torch.Tensor:
+        if any(k % 2 == 0 for k in self.get_base_layer().kernel_size):
+            raise ValueError("The residual of a convolution with an even kernel cannot be merged: it has no centre.")
         return nn.init.dirac_(kernel, self.get_base_layer().groups)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .layer import ScaffoldLayer
 from .model import tuner_of
 
 if TYPE_CHECKING:
@@ -70,10 +71,12 @@ def cost_report(model: PeftModel, batch: Mapping[str, Any] | None = None) -> Cos
         model: with a LottaLoRA adapter.
         batch: arguments of one forward pass that returns a loss, `input_ids` and `labels` say. FLOPs are counted by
             running it on fake tensors, forward and backward: no weight is read and nothing is allocated. The paper's M
-            is the number of elements of `input_ids`, else the rows of the first tensor.
+            is the number of elements of `input_ids`, else the rows of the first tensor. torch's counter takes no
+            account of groups in the gradient of a convolution's kernel.
 
     Raises:
-        ValueError: the model has no LottaLoRA adapter, or the batch gives no loss.
+        ValueError: the model has no LottaLoRA adapter or is merged, the batch gives no loss, or the architecture
+            computes something that fake tensors cannot (then leave out the batch).
 
     Example:
         >>> import torch
@@ -84,7 +87,12 @@ def cost_report(model: PeftModel, batch: Mapping[str, Any] | None = None) -> Cos
         >>> cost_report(model).full_bytes
         323200
     """
-    plan = tuner_of(model).get_plan()
+    tuner = tuner_of(model)
+    if any(isinstance(module, ScaffoldLayer) and module.merged for module in tuner.model.modules()):
+        raise ValueError("Adapters are merged, so there is nothing to train. Call unmerge_adapter() first.")
+    if batch is not None and not any(isinstance(value, torch.Tensor) for value in batch.values()):
+        raise ValueError(f"The batch has no tensors: {dict(batch)!r}.")
+    plan = tuner.get_plan()
     tensors = [tensor for tensor in plan.tensors if tensor.survey.kind != "buffer"]
     everything = sum(tensor.survey.numel for tensor in tensors)
     internal = sum(
@@ -117,16 +125,24 @@ def _tokens(batch: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def _bypassed(base: torch.nn.Module) -> Iterator[None]:
-    """Adapted layers compute as they did before; nothing else of them changes."""
-    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
+def _bypassed(base: torch.nn.Module, adapters: bool) -> Iterator[None]:
+    """Without gradient checkpointing, which counts twice, and on request without adapters; nothing else changes."""
+    changes: list[tuple[torch.nn.Module, str]] = [
+        (module, "gradient_checkpointing") for module in base.modules() if hasattr(module, "gradient_checkpointing")
+    ]
+    before = [getattr(module, name) for module, name in changes]
+    layers = [module for module in base.modules() if adapters and isinstance(module, BaseTunerLayer)]
+    disabled = [layer._disable_adapters for layer in layers]
     try:
+        for module, name in changes:
+            setattr(module, name, False)
         for layer in layers:
             layer._disable_adapters = True
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
+        for (module, name), value in zip(changes, before, strict=True):
+            setattr(module, name, value)
+        for layer, value in zip(layers, disabled, strict=True):
             layer._disable_adapters = value
 
 
@@ -144,8 +160,14 @@ def _counted(model: PeftModel, batch: Mapping[str, Any], full: bool) -> int:
     state.update({name: fake.from_tensor(buffer) for name, buffer in base.named_buffers()})
     inputs = {k: fake.from_tensor(value) if isinstance(value, torch.Tensor) else value for k, value in batch.items()}
     counter = FlopCounterMode(display=False)
-    with fake, counter, _bypassed(base) if full else nullcontext():
-        output = torch.func.functional_call(base, state, kwargs=inputs, tie_weights=False)
+    with fake, counter, torch.enable_grad(), _bypassed(base, full):
+        try:
+            output = torch.func.functional_call(base, state, kwargs=inputs, tie_weights=False)
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            raise ValueError(
+                f"The FLOPs of {type(base).__name__} cannot be counted: a forward pass on fake tensors failed "
+                f"({error}). Without a batch, the rest of the report can be had."
+            ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
             raise ValueError("The batch gives no loss; add labels to it.")

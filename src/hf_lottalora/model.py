@@ -218,15 +218,29 @@ class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = {name for name in kwargs.get("adapter_names") or () if name != "__base__"}
-        owners = sorted(name for name in names if self.trained.planned.get(name))
-        if owners:
+        names = set(kwargs.get("adapter_names") or ())
+        owners = sorted(name for name in {*names, self.trained.installed} if self.trained.planned.get(name or ""))
+        if names and owners:
             raise ValueError(
-                f"adapter_names cannot mix adapters {owners} in one batch: each has its own copy of whole trained "
-                "tensors (head, embeddings or norms). Run them one after the other with set_adapter."
+                f"adapter_names cannot mix rows while adapters {owners} take part: each has its own copy of whole "
+                "trained tensors (head, embeddings or norms). Run them one after the other with set_adapter."
+            )
+        if names and any(isinstance(module, TiedHead) for module in self.model.modules()):
+            raise ValueError(
+                "adapter_names is not supported with embeddings='lora' and a tied head, which has one adapter at a "
+                "time. Run the adapters one after the other with set_adapter."
             )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's.
+
+        Raises:
+            ValueError: within `scaffold_seed` or `scaffold_off`, whose end draws the scaffold again.
+        """
+        self._check_unswitched()
+        super().merge_adapter(*args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: beta scales the scaffold itself, so a weighted sum of adapters is not an adapter of this form."""
@@ -242,6 +256,7 @@ class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._check_unswitched()
         owner = self.trained.owner_among(adapter_names or self.active_adapters) if merge else None
         self.trained.install(self.model, owner)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)

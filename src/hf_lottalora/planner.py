@@ -156,8 +156,11 @@ def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConf
     family = _by_pattern(config, "family_pattern", module, config.family)
     rule = config.scale if matrix and config.scale is not None else "initializer_range"
     own = get_family(family).scale_rule
-    if matrix and family != config.family and (own == "gain" or rule == get_family(config.family).scale_rule):
-        rule = own
+    general = get_family(config.family).scale_rule
+    if matrix and family != config.family and (rule == general or (own == "gain") != (general == "gain")):
+        rule = own  # a gain is no standard deviation
+    if family == "zero" and tensor.path.endswith(".original1"):
+        raise ValueError(f"{tensor.path!r} is a direction under weight norm, which family='zero' cannot make.")
     scale = scale_of(rule, tensor.fan_in, tensor.fan_out, survey.initializer_range)
     if scale is None:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -112,6 +113,10 @@ def minimum_sufficient_rank(
         raise ValueError("seeds must name at least one seed.")
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be >= 0, got {epsilon!r}.")
+    if full_loss is not None and not math.isfinite(full_loss):
+        raise ValueError(f"full_loss must be a finite number, got {full_loss!r}.")
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"file {os.fspath(file)!r} is in a folder that does not exist.")
     runs = _read(file)
     losses: dict[int, dict[int, float]] = {}
     if full_loss is not None:
@@ -149,7 +154,7 @@ def _run(train: Callable[[int, int], Any], rank: int, seed: int) -> float:
         result.train()
         result = result.evaluate()["eval_loss"]
     loss = float(result)
-    if not abs(loss) < float("inf"):
+    if not math.isfinite(loss):
         raise ValueError(f"train(rank={rank}, seed={seed}) gave the loss {loss}; expected a finite number.")
     return loss
 
@@ -159,7 +164,10 @@ def _read(file: str | os.PathLike[str] | None) -> dict[str, float]:
         return {}
     try:
         runs = json.loads(Path(file).read_text(encoding="utf-8"))["losses_by_rank_and_seed"]
-        return {str(key): float(value) for key, value in runs.items()}
+        found = {str(key): float(value) for key, value in runs.items()}
+        if not all(math.isfinite(loss) for loss in found.values()):
+            raise ValueError("a loss is not finite")
+        return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no record of a rank search; choose another file, or delete it.") from error
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from .base_model import BaseTensors
@@ -29,11 +31,15 @@ class SeedSwitching:
     first_config: LottaLoraConfig
     first_plan: Plan
 
+    _switched = 0  # how many of the contexts below are open
+    _off = 0  # how many of them are scaffold_off
+
     def set_scaffold_seed(self, seed: int) -> None:
         """Draw the whole scaffold from another seed, in place, under the adapters as they are.
 
         From then on this is the model: an artifact that is saved has this seed. What adapters train is not touched,
-        nor where their starting values came from (`adapter_seed`).
+        nor where their starting values came from (`adapter_seed`), nor what is kept. The backward pass of an earlier
+        forward pass is an error.
 
         Raises:
             TypeError: the seed is not an integer.
@@ -42,21 +48,20 @@ class SeedSwitching:
         seed = check_seed(seed)
         self._check_switchable()
         for name, old in self.plans.items():
-            plan = self.plans[name] = self._replanned(self.peft_config[name], old, seed)
-            self.trained.replan(name, plan)
-            self.first_plan = plan if old is self.first_plan else self.first_plan
+            config = self.peft_config[name]
+            self.peft_config[name], plan = self._replanned(config, old, seed)
+            if config is self.first_config:
+                self.first_config, self.first_plan = self.peft_config[name], plan
+            self._use(name, plan)
         if self.first_plan.seed != seed:  # its adapter was deleted
-            self.first_plan = self._replanned(self.first_config, self.first_plan, seed)
-        for path, module in self.model.named_modules():
-            if isinstance(module, ScaffoldLayer):
-                module.scaffold = self.first_plan.scaffold.get(f"{path}.weight") or module.scaffold
+            self.first_config, self.first_plan = self._replanned(self.first_config, self.first_plan, seed)
         self._draw()
 
     @contextmanager
     def scaffold_seed(self, seed: int) -> Iterator[None]:
         """Within the context the scaffold is another seed's; afterwards it is its own again, to the bit.
 
-        Backward passes belong inside: they read the scaffold once more.
+        Backward passes belong inside: they read the scaffold once more. Merging does not.
 
         Raises:
             TypeError, ValueError: as `set_scaffold_seed`.
@@ -74,34 +79,46 @@ class SeedSwitching:
             >>> torch.equal(net[0].weight, before)
             True
         """
-        before = self.first_plan.seed
-        adapter_seeds = {id(config): config.adapter_seed for config in self._configs()}
+        configs, plans, first = dict(self.peft_config), dict(self.plans), (self.first_config, self.first_plan)
         self.set_scaffold_seed(seed)
+        self._switched += 1
         try:
             yield
         finally:
-            self.set_scaffold_seed(before)
-            for config in self._configs():
-                config.adapter_seed = adapter_seeds.get(id(config), config.adapter_seed)
+            self._switched -= 1
+            self.set_scaffold_seed(first[1].seed)  # also for adapters that were added meanwhile
+            self.first_config, self.first_plan = first
+            for name in configs.keys() & self.peft_config.keys():
+                self.peft_config[name] = configs[name]
+                self._use(name, plans[name])
 
     @contextmanager
     def scaffold_off(self) -> Iterator[None]:
         """Within the context every drawn matrix is zero (paper section 3, finding 5); look-up tables stay.
 
+        Backward passes belong inside. Merging does not.
+
         Raises:
-            ValueError: nothing is drawn (`redraw="none"`), or adapters are merged.
+            ValueError: nothing is drawn (`redraw="none"`), adapters are merged, or a matrix is under weight norm.
         """
         self._check_switchable()
-        for tensor in self.first_plan.with_role("scaffold"):
-            if tensor.survey.kind == "matrix":
-                getattr(*owner_of(self.model, tensor.path)).detach().zero_()
+        direction = next((path for path in self.first_plan.scaffold if path.endswith(".original1")), None)
+        if direction:
+            raise ValueError(f"{direction!r} is a direction under weight norm, which cannot be zero.")
+        self._switched, self._off = self._switched + 1, self._off + 1
+        self._draw()
         try:
             yield
         finally:
+            self._switched, self._off = self._switched - 1, self._off - 1
             self._draw()
 
-    def _configs(self) -> list[LottaLoraConfig]:
-        return [self.first_config, *self.peft_config.values()]
+    def _check_unswitched(self) -> None:
+        if self._switched:
+            raise ValueError(
+                "Adapters cannot be merged or unloaded within scaffold_seed or scaffold_off, which draw the scaffold "
+                "again at their end. Use set_scaffold_seed for good, or merge outside."
+            )
 
     def _check_switchable(self) -> None:
         if not self.first_plan.scaffold:
@@ -109,19 +126,33 @@ class SeedSwitching:
         if any(isinstance(module, ScaffoldLayer) and module.merged for module in self.model.modules()):
             raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
 
-    def _replanned(self, config: LottaLoraConfig, old: Plan, seed: int) -> Plan:
+    def _replanned(self, config: LottaLoraConfig, old: Plan, seed: int) -> tuple[LottaLoraConfig, Plan]:
+        """The config and plan for another seed; a config may be other models' too, so it is copied."""
+        config = copy.copy(config)
         config.adapter_seed, config.seed = config.effective_adapter_seed, seed
         plan = config._plan = plan_from_survey(old.survey, config)
         plan.kept_digests.update(old.kept_digests)
-        return plan
+        return config, plan
+
+    def _use(self, name: str, plan: Plan) -> None:
+        """Make this the plan of an adapter."""
+        self.plans[name] = plan
+        self.trained.replan(name, plan)
+        for path, module in self.model.named_modules():
+            if isinstance(module, ScaffoldLayer):
+                module.scaffold = plan.scaffold.get(f"{path}.weight") or module.scaffold
 
     def _draw(self) -> None:
         """Draw what is drawn and live: the scaffold, and trained tensors where no adapter's copy stands."""
-        drawn = {tensor.path: tensor.base for tensor in self.first_plan.tensors if tensor.role != "kept"}
-        draw_into(
-            {
-                spec: getattr(*owner_of(self.model, path))
-                for path, spec in drawn.items()
-                if isinstance(spec, ScaffoldTensor) and self.base.is_bare(path)
-            }
-        )
+        draws = {}
+        for tensor in self.first_plan.tensors:
+            live = getattr(*owner_of(self.model, tensor.path)).detach()
+            if tensor.path.endswith(".original0") and isinstance(tensor.base, torch.Tensor):
+                live.copy_(tensor.base)  # size under weight norm: that of the direction that is drawn
+            elif tensor.role == "kept" or not isinstance(tensor.base, ScaffoldTensor):
+                continue
+            elif self._off and tensor.role == "scaffold" and tensor.survey.kind == "matrix":
+                live.zero_()
+            elif self.base.is_bare(tensor.path):
+                draws[tensor.base] = live
+        draw_into(draws)

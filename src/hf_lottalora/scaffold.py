@@ -114,6 +114,7 @@ def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | Non
     for scaffold, tensor in direct.items():
         if scaffold.zero_row is not None:
             tensor[scaffold.zero_row] = 0
+        torch.autograd.graph.increment_version(tensor)  # NumPy wrote: a backward over the old values is an error
     for scaffold, target in targets.items():
         if not scaffold.exact:
             normals = replace(scaffold, family="normal", scale=1.0).draw(torch.float64, threads=threads)
