@@ -118,6 +118,7 @@ CASES = {
             num_conv_pos_embeddings=16,
             num_conv_pos_embedding_groups=2,
             mask_time_prob=0.0,
+            layerdrop=0.0,
         ),
         T.AutoModelForCTC,
     ),
