@@ -252,15 +252,20 @@ def table(summary: list[dict[str, Any]]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    description, _, commands = (__doc__ or "").partition("    python")
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=f"    python{commands}", formatter_class=layout)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--preset", nargs="+", choices=WIDTHS, default=["medium"], help="default: medium")
     add("--r", nargs="+", type=int, default=[8], help="ranks (default: 8)")
     add("--alpha", nargs="+", choices=["1", "r"], default=["1", "r"], help="default: both")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: both")
     return parse_common(parser, RESULTS)
+
+
+def new_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, with its commands at the end."""
+    description, _, commands = (doc or "").partition("    python")
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, epilog=f"    python{commands}", formatter_class=layout)
 
 
 def parse_common(parser: argparse.ArgumentParser, results: Path, epochs: int = 20) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from mnist import FIRST_SEED, Cell, begin, parse_common, run
+from mnist import FIRST_SEED, Cell, begin, new_parser, parse_common, run
 from report import write_json
 from tqdm.auto import tqdm
 
@@ -140,9 +140,7 @@ def markdown(table: str, found: list[dict[str, Any]]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    description, _, commands = (__doc__ or "").partition("    python")
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=f"    python{commands}", formatter_class=layout)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     return parse_common(parser, RESULTS)

@@ -9,11 +9,10 @@ alpha = r. Writes the search's record, a table, and a plot beside it. Finished r
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
-from mnist import FIRST_SEED, Cell, begin, parse_common, run
+from mnist import FIRST_SEED, Cell, begin, new_parser, parse_common, run
 from report import write_json
 
 from hf_lottalora import minimum_sufficient_rank
@@ -22,9 +21,7 @@ RESULTS = Path(__file__).parent / "results" / "mnist_rank_search.json"
 
 
 def main() -> None:
-    description, _, commands = (__doc__ or "").partition("    python")
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=f"    python{commands}", formatter_class=layout)
+    parser = new_parser(__doc__)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="default: 1 to 64")
     parser.add_argument("--epsilon", type=float, default=0.5, help="points of error (default: 0.5)")
     args = parse_common(parser, RESULTS)

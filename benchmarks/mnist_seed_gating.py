@@ -23,7 +23,7 @@ from typing import Any
 
 import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
 import torch
-from mnist import FIRST_SEED, MLP, WIDTHS, Split, begin, parse_common
+from mnist import FIRST_SEED, MLP, WIDTHS, Split, begin, new_parser, parse_common
 from peft import get_peft_model
 from report import write_json
 from torch import nn
@@ -124,9 +124,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    description, _, commands = (__doc__ or "").partition("    python")
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=f"    python{commands}", formatter_class=layout)
+    parser = new_parser(__doc__)
     parser.add_argument("--ways", nargs="+", choices=PAPER, default=list(PAPER), help="default: both")
     args = parse_common(parser, RESULTS, epochs=150)
     result, train, test = begin(args, preset="medium", r=RANK)
