@@ -23,6 +23,7 @@ import gzip
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
 import numpy as np
 import torch
+from jobs import run_jobs
 from peft import get_peft_model
 from report import environment, read_json, write_json
 from torch import Tensor, nn
@@ -102,11 +104,17 @@ class MLP(nn.Module):
         return self.head(x)
 
 
-def load_split(folder: Path, name: str) -> Split:
-    """Read one split from its two IDX files."""
+def load_data(args: argparse.Namespace) -> tuple[Split, Split]:
+    """Training set and test set, each read once per process."""
+    train, test = (_load_split(args.data_dir / "mnist", name, args.device) for name in ("train", "t10k"))
+    return (train[:2000] if args.quick else train), test
+
+
+@cache
+def _load_split(folder: Path, name: str, device: str) -> Split:
     pixels, labels = (_read_idx(folder / f"{name}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
     x = torch.from_numpy(pixels.reshape(len(pixels), -1)).float().div_(255).sub_(0.1307).div_(0.3081)
-    return Split(x, torch.from_numpy(labels).long())
+    return Split(x.to(device), torch.from_numpy(labels).long().to(device))
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -155,17 +163,20 @@ def without_scaffold(model: nn.Module, test: Split) -> dict[str, float]:
 def run(
     cell: Cell,
     seed: int,
-    train: Split,
-    test: Split,
     args: argparse.Namespace,
     schedule: tuple[str, int] | None = None,
-    **options: Any,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train one model and score it; `schedule` and a number of scaffolds resample the scaffold on the way."""
-    model = build_model(cell, seed, **options).to(args.device)
+    """Train one model and score it.
+
+    `schedule` and a number of scaffolds resample the scaffold on the way; `options` change the `LottaLoraConfig`.
+    """
+    torch.set_num_threads(args.threads)
+    train, test = load_data(args)
+    model = build_model(cell, seed, **(options or {})).to(args.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in parameters)
-    if trainable != cell.trainable:
+    if trainable != cell.trainable and "head" not in (options or {}).get("target_modules", ()):
         raise RuntimeError(f"{cell}: {trainable} trainable parameters, expected {cell.trainable}.")
     resampler = hf_lottalora.ScaffoldResampler(model, *schedule) if schedule else None
 
@@ -183,7 +194,7 @@ def run(
     curve = []
     start = time.perf_counter()
     label = f"{cell.preset} {cell.method} r={cell.r} alpha={cell.alpha} seed={seed}"
-    for _ in tqdm(range(args.epochs), desc=label, leave=False, unit="epoch"):
+    for _ in tqdm(range(args.epochs), desc=label, leave=False, unit="epoch", disable=args.workers > 1):
         model.train()
         if resampler:
             resampler.start_epoch()
@@ -278,6 +289,7 @@ def parse_common(parser: argparse.ArgumentParser, results: Path, epochs: int = 2
     add("--batch_size", type=int, default=128)
     add("--device", default="cpu")
     add("--threads", type=int, default=1, help="of torch (default: 1, the networks are small)")
+    add("--workers", type=int, default=1, help="runs at a time, each in a process of its own (default: 1)")
     add("--quick", action="store_true", help="smoke run: 2,000 images, one epoch, one seed, not recorded")
     args = parser.parse_args()
     args.data_dir = args.data_dir or Path(os.environ.get("LOTTALORA_DATA") or "../shared/data")
@@ -286,38 +298,39 @@ def parse_common(parser: argparse.ArgumentParser, results: Path, epochs: int = 2
     return args
 
 
-def begin(args: argparse.Namespace, **settings: Any) -> tuple[dict[str, Any], Split, Split]:
-    """Results so far, and the data: (result, training set, test set)."""
+def begin(args: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+    """The results so far; ends the program where the data are missing."""
     torch.set_num_threads(args.threads)
     settings |= {"epochs": args.epochs, "batch_size": args.batch_size}
     result = (None if args.quick else read_json(args.output)) or {"settings": settings, "runs": {}}
     if result["settings"] != settings:
         raise SystemExit(f"{args.output} holds runs with other settings: {result['settings']}. Pass another --output.")
     result["environment"] = environment()
-    train, test = (load_split(args.data_dir / "mnist", name) for name in ("train", "t10k"))
-    train = train[:2000] if args.quick else train
-    train, test = (Split(split.x.to(args.device), split.y.to(args.device)) for split in (train, test))
-    return result, train, test
+    load_data(args)
+    return result
 
 
 def main() -> None:
     args = parse_args()
-    result, train, test = begin(args)
+    result = begin(args)
     cells = []
     for preset in args.preset:
         if "lottalora" in args.methods:
             cells += [Cell(preset, "lottalora", r, alpha) for alpha in args.alpha for r in args.r]
         if "full" in args.methods:
             cells.append(Cell(preset, "full", 0, ""))
-    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
-        for cell in cells:
-            key = f"{cell.preset}/{cell.method}/r={cell.r}/alpha={cell.alpha}/seed={seed}"
-            if key not in result["runs"]:
-                found = result["runs"][key] = run(cell, seed, train, test, args)
-                tqdm.write(f"{key}: {found['test_accuracy']:.2%}, {found['seconds']} s")
-                result["summary"] = summarise(result["runs"])
-                if not args.quick:
-                    write_json(args.output, result)
+    jobs = {
+        f"{cell.preset}/{cell.method}/r={cell.r}/alpha={cell.alpha}/seed={seed}": (cell, seed, args)
+        for seed in range(FIRST_SEED, FIRST_SEED + args.seeds)
+        for cell in cells
+    }
+    jobs = {key: job for key, job in jobs.items() if key not in result["runs"]}
+    for key, found in run_jobs(run, jobs, args.workers):
+        result["runs"][key] = found
+        tqdm.write(f"{key}: {found['test_accuracy']:.2%}, {found['seconds']} s")
+        result["summary"] = summarise(result["runs"])
+        if not args.quick:
+            write_json(args.output, result)
     print(table(summarise(result["runs"])))
 
 

@@ -5,7 +5,8 @@
   of four micro-batches, at r = 2, 4, 8; scored over the last scaffold;
 - `scaffold`: W = 0 while training (with A and B starting at random), the static one, and the static one removed after
   training, at r = 1, 2, 4, 8;
-- `b_init`: B zero or Kaiming uniform, at r = 1, 2, 4, 8.
+- `b_init`: B zero or Kaiming uniform, at r = 1, 2, 4, 8;
+- `heads`: the head trained whole, or drawn and frozen with an adapter of its own, without or with its bias trained.
 
 All with alpha = r, see `mnist.py`. Finished runs are kept, so it can be interrupted and repeated.
 
@@ -23,7 +24,8 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from mnist import FIRST_SEED, Cell, begin, new_parser, parse_common, run
+from jobs import run_jobs
+from mnist import FIRST_SEED, WIDTHS, Cell, begin, new_parser, parse_common, run
 from report import write_json
 from tqdm.auto import tqdm
 
@@ -52,7 +54,12 @@ PAPER = {
     },
     "b_init": {
         ("zeros", 1): "89.40", ("zeros", 2): "92.92", ("zeros", 4): "95.74", ("zeros", 8): "96.94",
-        ("kaiming", 1): "70.59", ("kaiming", 2): "90.19", ("kaiming", 4): "93.45", ("kaiming", 8): "96.96",
+        ("kaiming", 1): "70.59", ("kaiming", 2): "90.19", ("kaiming", 4): "94.38", ("kaiming", 8): "96.96",
+    },
+    "heads": {
+        ("full", 1): "89.40", ("full", 2): "92.92", ("full", 4): "95.68", ("full", 8): "96.94",
+        ("lora", 1): "87.08", ("lora", 2): "93.01", ("lora", 4): "95.09", ("lora", 8): "97.24",
+        ("lora+bias", 1): "88.65", ("lora+bias", 2): "93.10", ("lora+bias", 4): "94.75", ("lora+bias", 8): "97.06",
     },
 }  # fmt: skip
 
@@ -87,13 +94,19 @@ def variants(table: str) -> Iterator[Variant]:
         for r in (1, 2, 4, 8):
             yield Variant("zero", r, {"family": "zero", "init_lora_weights": False})
             yield Variant("normal", r, {"family": "normal"})
+    elif table == "heads":
+        for r in (1, 2, 4, 8):
+            yield Variant("full", r, {"family": "normal"})
+            yield Variant("lora", r, {"target_modules": LAYERS, "modules_to_save": None})
+            yield Variant("lora+bias", r, {"target_modules": LAYERS, "modules_to_save": ["head.bias"]})
     else:
         for r in (1, 2, 4, 8):
             yield Variant("zeros", r, {"family": "normal"})
             yield Variant("kaiming", r, {"family": "normal", "init_lora_weights": False})
 
 
-TABLES = ("families", "resampling", "scaffold", "b_init")
+TABLES = ("families", "resampling", "scaffold", "b_init", "heads")
+LAYERS = [*(f"hidden.{i}" for i in range(len(WIDTHS["medium"]))), "head"]
 
 
 def rows(table: str, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -148,21 +161,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    result, train, test = begin(args, preset="medium", alpha="r")
+    result = begin(args, preset="medium", alpha="r")
     wanted = {variant.key: variant for table in args.only for variant in variants(table)}
-    with tqdm(total=args.seeds * len(wanted), unit="run") as bar:
-        for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
-            for key, variant in wanted.items():
-                runs = result["runs"].setdefault(key, [])
-                if seed not in {found["seed"] for found in runs}:
-                    cell = Cell("medium", "lottalora", variant.r, "r")
-                    found = run(cell, seed, train, test, args, variant.schedule, **variant.options)
-                    runs.append(found)
-                    tqdm.write(f"{key}/seed={seed}: {found['test_accuracy']:.2%}, {found['seconds']} s")
-                    result["tables"] = {table: rows(table, result["runs"]) for table in TABLES}
-                    if not args.quick:
-                        write_json(args.output, result)
-                bar.update()
+    jobs = {}
+    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+        for key, variant in wanted.items():
+            if seed not in {found["seed"] for found in result["runs"].get(key, [])}:
+                cell = Cell("medium", "lottalora", variant.r, "r")
+                jobs[key, seed] = (cell, seed, args, variant.schedule, variant.options)
+    for (key, seed), found in run_jobs(run, jobs, args.workers):
+        result["runs"].setdefault(key, []).append(found)
+        tqdm.write(f"{key}/seed={seed}: {found['test_accuracy']:.2%}, {found['seconds']} s")
+        result["tables"] = {table: rows(table, result["runs"]) for table in TABLES}
+        if not args.quick:
+            write_json(args.output, result)
     for table in args.only:
         print(markdown(table, rows(table, result["runs"])), end="\n\n")
 

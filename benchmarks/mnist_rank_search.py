@@ -25,11 +25,11 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="default: 1 to 64")
     parser.add_argument("--epsilon", type=float, default=0.5, help="points of error (default: 0.5)")
     args = parse_common(parser, RESULTS)
-    result, train, test = begin(args, preset="medium", epsilon=args.epsilon)
+    result = begin(args, preset="medium", epsilon=args.epsilon)
 
     def validation_error(rank: int, seed: int) -> float:
         cell = Cell("medium", "lottalora" if rank else "full", rank, "r" if rank else "")
-        found = run(cell, seed, train, test, args)
+        found = run(cell, seed, args)
         return 100 * (1 - found["validation_accuracy"][-1])
 
     with tempfile.TemporaryDirectory() as scratch:

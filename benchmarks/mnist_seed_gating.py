@@ -4,7 +4,8 @@ The medium network of `mnist.py` at r = 4 is trained over three scaffolds at onc
 42, 43 and 44 mean the digits {1, 2, 3}, {4, 5, 6} and {7, 8, 9}. Two ways:
 
 - `own`: under each seed only its own digits are shown;
-- `reject`: all digits are shown, and those of other seeds, as 0 always, are to be answered with an eleventh class.
+- `reject`: all digits are shown, and those of other seeds, as 0 always, are to be answered with an eleventh class;
+  an epoch is one pass over the images, each under one of the three seeds in turn.
 
 Reported per seed, on test images: share of own digits answered rightly, and for `reject` the share of the other digits
 that is rejected. Learning rate, batch and the rest are those of `mnist.py`, with alpha = r.
@@ -23,7 +24,8 @@ from typing import Any
 
 import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
 import torch
-from mnist import FIRST_SEED, MLP, WIDTHS, Split, begin, new_parser, parse_common
+from jobs import run_jobs
+from mnist import FIRST_SEED, MLP, WIDTHS, Split, begin, load_data, new_parser, parse_common
 from peft import get_peft_model
 from report import write_json
 from torch import nn
@@ -71,17 +73,22 @@ def scores(model: nn.Module, test: Split, digits: tuple[int, ...]) -> dict[str, 
     }
 
 
-def run(way: str, adapter_seed: int, train: Split, test: Split, args: argparse.Namespace) -> dict[str, Any]:
+def run(way: str, adapter_seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one set of adapters over all seeds and score it under each."""
+    torch.set_num_threads(args.threads)
+    train, test = load_data(args)
     model = build_model(adapter_seed).to(args.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     tasks = {seed: labelled(train, digits, way) for seed, digits in DIGITS.items()}
-    batches = min(len(task.y) for task in tasks.values()) // args.batch_size
+    rows_each = min(len(task.y) for task in tasks.values()) if way == "own" else len(train.y) // len(tasks)
+    batches = rows_each // args.batch_size
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * batches * len(tasks))
     shuffle = torch.Generator().manual_seed(adapter_seed)
     start = time.perf_counter()
-    for _ in tqdm(range(args.epochs), desc=f"{way}, seed {adapter_seed}", unit="epoch", leave=False):
+    for _ in tqdm(
+        range(args.epochs), desc=f"{way}, seed {adapter_seed}", unit="epoch", leave=False, disable=args.workers > 1
+    ):
         model.train()
         orders = {seed: torch.randperm(len(task.y), generator=shuffle) for seed, task in tasks.items()}
         for step in range(batches):
@@ -127,15 +134,15 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--ways", nargs="+", choices=PAPER, default=list(PAPER), help="default: both")
     args = parse_common(parser, RESULTS, epochs=150)
-    result, train, test = begin(args, preset="medium", r=RANK)
-    for adapter_seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
-        for way in args.ways:
-            key = f"{way}/seed={adapter_seed}"
-            if key not in result["runs"]:
-                result["runs"][key] = run(way, adapter_seed, train, test, args)
-                tqdm.write(f"{key}: {result['runs'][key]['by_seed']}, {result['runs'][key]['seconds']} s")
-                if not args.quick:
-                    write_json(args.output, result)
+    result = begin(args, preset="medium", r=RANK)
+    seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
+    jobs = {f"{way}/seed={seed}": (way, seed, args) for seed in seeds for way in args.ways}
+    jobs = {key: job for key, job in jobs.items() if key not in result["runs"]}
+    for key, found in run_jobs(run, jobs, args.workers):
+        result["runs"][key] = found
+        tqdm.write(f"{key}: {found['by_seed']}, {found['seconds']} s")
+        if not args.quick:
+            write_json(args.output, result)
     print(table(result["runs"]))
 
 
