@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -31,9 +30,10 @@ from typing import Any
 import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
 import numpy as np
 import torch
+from cli import new_parser, parse_common, results_so_far, seeds_of
 from jobs import run_jobs
 from peft import get_peft_model
-from report import environment, read_json, write_json
+from report import write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -55,7 +55,7 @@ PAPER: dict[str, dict[str, dict[int, float]]] = {
         "large": {1: 92.08, 2: 94.83, 4: 96.70, 8: 97.37},
     },
 }
-VALIDATION_SHARE, FIRST_SEED = 0.1, 42
+VALIDATION_SHARE = 0.1
 RESULTS = Path(__file__).parent / "results" / "mnist.json"
 
 
@@ -269,50 +269,18 @@ def parse_args() -> argparse.Namespace:
     add("--r", nargs="+", type=int, default=[8], help="ranks (default: 8)")
     add("--alpha", nargs="+", choices=["1", "r"], default=["1", "r"], help="default: both")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: both")
-    return parse_common(parser, RESULTS)
+    return parse_mnist(parser, RESULTS)
 
 
-def new_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring, with its commands at the end."""
-    description, _, commands = (doc or "").partition("    python")
-    layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, epilog=f"    python{commands}", formatter_class=layout)
-
-
-def parse_common(parser: argparse.ArgumentParser, results: Path, epochs: int = 20) -> argparse.Namespace:
-    """Parse the command line, with the arguments that every benchmark on MNIST takes."""
-    add = parser.add_argument
-    add("--data_dir", type=Path, help="holds mnist/*-ubyte.gz (default: $LOTTALORA_DATA, or ../shared/data)")
-    add("--output", type=Path, default=results, help=f"result file, also read to go on (default: {results.name})")
-    add("--seeds", type=int, default=3, help=f"how many, from {FIRST_SEED} on (default: 3)")
-    add("--epochs", type=int, default=epochs, help=f"default: {epochs}")
-    add("--batch_size", type=int, default=128)
-    add("--device", default="cpu")
-    add("--threads", type=int, default=1, help="of torch (default: 1, the networks are small)")
-    add("--workers", type=int, default=1, help="runs at a time, each in a process of its own (default: 1)")
-    add("--quick", action="store_true", help="smoke run: 2,000 images, one epoch, one seed, not recorded")
-    args = parser.parse_args()
-    args.data_dir = args.data_dir or Path(os.environ.get("LOTTALORA_DATA") or "../shared/data")
-    if args.quick:
-        args.seeds, args.epochs = 1, 1
-    return args
-
-
-def begin(args: argparse.Namespace, **settings: Any) -> dict[str, Any]:
-    """The results so far; ends the program where the data are missing."""
-    torch.set_num_threads(args.threads)
-    settings |= {"epochs": args.epochs, "batch_size": args.batch_size}
-    result = (None if args.quick else read_json(args.output)) or {"settings": settings, "runs": {}}
-    if result["settings"] != settings:
-        raise SystemExit(f"{args.output} holds runs with other settings: {result['settings']}. Pass another --output.")
-    result["environment"] = environment()
-    load_data(args)
-    return result
+def parse_mnist(parser: argparse.ArgumentParser, results: Path, epochs: int = 20) -> argparse.Namespace:
+    """Parse the command line of a benchmark on MNIST."""
+    return parse_common(parser, results, epochs, "mnist/*-ubyte.gz", "2,000 images")
 
 
 def main() -> None:
     args = parse_args()
-    result = begin(args)
+    result = results_so_far(args)
+    load_data(args)
     cells = []
     for preset in args.preset:
         if "lottalora" in args.methods:
@@ -321,7 +289,7 @@ def main() -> None:
             cells.append(Cell(preset, "full", 0, ""))
     jobs = {
         f"{cell.preset}/{cell.method}/r={cell.r}/alpha={cell.alpha}/seed={seed}": (cell, seed, args)
-        for seed in range(FIRST_SEED, FIRST_SEED + args.seeds)
+        for seed in seeds_of(args)
         for cell in cells
     }
     jobs = {key: job for key, job in jobs.items() if key not in result["runs"]}
@@ -329,7 +297,7 @@ def main() -> None:
         result["runs"][key] = found
         tqdm.write(f"{key}: {found['test_accuracy']:.2%}, {found['seconds']} s")
         result["summary"] = summarise(result["runs"])
-        if not args.quick:
+        if args.recorded:
             write_json(args.output, result)
     print(table(summarise(result["runs"])))
 

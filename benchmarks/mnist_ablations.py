@@ -24,8 +24,9 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from cli import new_parser, results_so_far, seeds_of
 from jobs import run_jobs
-from mnist import FIRST_SEED, WIDTHS, Cell, begin, new_parser, parse_common, run
+from mnist import WIDTHS, Cell, load_data, parse_mnist, run
 from report import write_json
 from tqdm.auto import tqdm
 
@@ -156,15 +157,16 @@ def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=TABLES, default=TABLES, help="default: all")
-    return parse_common(parser, RESULTS)
+    return parse_mnist(parser, RESULTS)
 
 
 def main() -> None:
     args = parse_args()
-    result = begin(args, preset="medium", alpha="r")
+    result = results_so_far(args, preset="medium", alpha="r")
+    load_data(args)
     wanted = {variant.key: variant for table in args.only for variant in variants(table)}
     jobs = {}
-    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+    for seed in seeds_of(args):
         for key, variant in wanted.items():
             if seed not in {found["seed"] for found in result["runs"].get(key, [])}:
                 cell = Cell("medium", "lottalora", variant.r, "r")
@@ -173,7 +175,7 @@ def main() -> None:
         result["runs"].setdefault(key, []).append(found)
         tqdm.write(f"{key}/seed={seed}: {found['test_accuracy']:.2%}, {found['seconds']} s")
         result["tables"] = {table: rows(table, result["runs"]) for table in TABLES}
-        if not args.quick:
+        if args.recorded:
             write_json(args.output, result)
     for table in args.only:
         print(markdown(table, rows(table, result["runs"])), end="\n\n")

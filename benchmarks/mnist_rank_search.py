@@ -12,7 +12,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from mnist import FIRST_SEED, Cell, begin, new_parser, parse_common, run
+from cli import new_parser, results_so_far, seeds_of
+from mnist import Cell, load_data, parse_mnist, run
 from report import write_json
 
 from hf_lottalora import minimum_sufficient_rank
@@ -24,8 +25,9 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="default: 1 to 64")
     parser.add_argument("--epsilon", type=float, default=0.5, help="points of error (default: 0.5)")
-    args = parse_common(parser, RESULTS)
-    result = begin(args, preset="medium", epsilon=args.epsilon)
+    args = parse_mnist(parser, RESULTS)
+    result = results_so_far(args, preset="medium", epsilon=args.epsilon)
+    load_data(args)
 
     def validation_error(rank: int, seed: int) -> float:
         cell = Cell("medium", "lottalora" if rank else "full", rank, "r" if rank else "")
@@ -35,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / args.output.name if args.quick else args.output
         record = output.with_name(f"{output.stem}_runs.json")
-        seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
+        seeds = seeds_of(args)
         search = minimum_sufficient_rank(validation_error, args.ranks, args.epsilon, seeds, record)
         write_json(output, {**result, "rank": search.rank, "runs": search.losses})
         search.plot(output.with_suffix(".png"))

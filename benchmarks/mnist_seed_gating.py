@@ -24,8 +24,9 @@ from typing import Any
 
 import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
 import torch
+from cli import new_parser, results_so_far, seeds_of
 from jobs import run_jobs
-from mnist import FIRST_SEED, MLP, WIDTHS, Split, begin, load_data, new_parser, parse_common
+from mnist import MLP, WIDTHS, Split, load_data, parse_mnist
 from peft import get_peft_model
 from report import write_json
 from torch import nn
@@ -133,15 +134,16 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--ways", nargs="+", choices=PAPER, default=list(PAPER), help="default: both")
-    args = parse_common(parser, RESULTS, epochs=150)
-    result = begin(args, preset="medium", r=RANK)
-    seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
+    args = parse_mnist(parser, RESULTS, epochs=150)
+    result = results_so_far(args, preset="medium", r=RANK)
+    load_data(args)
+    seeds = seeds_of(args)
     jobs = {f"{way}/seed={seed}": (way, seed, args) for seed in seeds for way in args.ways}
     jobs = {key: job for key, job in jobs.items() if key not in result["runs"]}
     for key, found in run_jobs(run, jobs, args.workers):
         result["runs"][key] = found
         tqdm.write(f"{key}: {found['by_seed']}, {found['seconds']} s")
-        if not args.quick:
+        if args.recorded:
             write_json(args.output, result)
     print(table(result["runs"]))
 

@@ -33,6 +33,13 @@ def network(case: str) -> nn.Sequential:
     return nn.Sequential(conv(8, 16, **options), nn.ReLU())
 
 
+@pytest.fixture(params=["one kernel", "apart"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute, whichever would be cheaper."""
+    monkeypatch.setattr(ScaffoldConv, "_one_kernel_is_cheaper", lambda *_: request.param == "one kernel")
+    return request.param
+
+
 def adapted(case: str, dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[PeftModel, ScaffoldConv]:
     model = get_peft_model(network(case), config(r=8, target_modules=["0"], lora_alpha=6, **changes)).to(dtype)
     layer = model.base_model.model[0]
@@ -144,11 +151,19 @@ def bytes_kept(layer: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_beta_keeps_no_bytes_for_backward() -> None:
+def test_beta_keeps_no_bytes_for_backward(way: str) -> None:
     x = image("2d", torch.float32).detach().requires_grad_()
     _, ours = adapted("2d", torch.float32)
     theirs = get_peft_model(network("2d"), LoraConfig(r=8, target_modules=["0"])).base_model.model[0]
-    assert bytes_kept(ours, x) <= bytes_kept(theirs, x) + 4  # beta itself
+    kernel = ours.base_layer.weight.nbytes if way == "one kernel" else 0
+    assert bytes_kept(ours, x) <= bytes_kept(theirs, x) + kernel + 4  # beta itself
+
+
+@pytest.mark.parametrize(("channels", "one_kernel"), [(16, True), (48, True), (512, False)])
+def test_one_kernel_where_it_is_cheaper(channels: int, one_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = get_peft_model(nn.Sequential(nn.Conv2d(channels, channels, 3)), config(r=8, target_modules=["0"]))
+    assert model.base_model.model[0]._one_kernel_is_cheaper(["default"]) == one_kernel
 
 
 def test_what_cannot_be_adapted() -> None:

@@ -113,7 +113,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         product = self._product(A, B) * self.scaling[adapter]
         summed = self.lora_beta[adapter].detach().to(exact) * original.to(exact) + product
         if adapter in self.lora_magnitude:
-            factor = self.lora_magnitude[adapter].detach().to(exact) / self._row_norms(adapter).to(exact)
+            factor = self._magnitude_over_norms(adapter).detach().to(exact)
             summed = summed * (factor if self._weight_is_IO else factor.view(-1, *(1 for _ in summed.shape[1:])))
         if self.residual[adapter] and self._keeps_shape:
             identity = torch.empty_like(summed)
@@ -134,15 +134,23 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
         return square.clamp_min(torch.finfo(exact).tiny).sqrt()
 
-    def _finished(self, y: torch.Tensor, x: torch.Tensor, adapters: list[str], channels: int = -1) -> torch.Tensor:
-        """What follows the sum: DoRA's magnitude, bias, residual, LayerNorm; `channels` is the dimension of outputs."""
-        name = adapters[0]
+    def _magnitude_over_norms(self, name: str) -> torch.Tensor:
+        """DoRA's factor for each output, shape `(O,)`; no gradient passes through the norms, as in PEFT."""
+        return self.lora_magnitude[name] / self._row_norms(name)
+
+    def _with_magnitude(
+        self, y: torch.Tensor, name: str, channels: int = -1, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Multiply y by DoRA's factor, if on, and add the bias; `channels` is the dimension of outputs."""
         shape = [1] * y.dim()
         shape[channels] = -1
         if name in self.lora_magnitude:
-            y = y * (self.lora_magnitude[name] / self._row_norms(name)).to(y.dtype).view(shape)
-            bias = self.get_base_layer().bias
-            y = y if bias is None else y + bias.to(y.dtype).view(shape)
+            y = y * self._magnitude_over_norms(name).to(y.dtype).view(shape)
+        return y if bias is None else y + bias.to(y.dtype).view(shape)
+
+    def _finished(self, y: torch.Tensor, x: torch.Tensor, adapters: list[str], channels: int = -1) -> torch.Tensor:
+        """What follows the layer: residual and LayerNorm; `channels` is the dimension of outputs."""
+        name = adapters[0]
         if self.residual[name] and self._keeps_shape:
             y = y + x
         if name in self.lora_norm_weight:
@@ -251,12 +259,13 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
         fused = [name for name in adapters if name not in dropped]
         A, B, scaling = self._joined(fused)
         beta = self._total_beta(adapters)
-        bias = None if adapters[0] in self.lora_magnitude else base.bias  # DoRA scales what comes before the bias
+        late_bias = base.bias if adapters[0] in self.lora_magnitude else None  # DoRA scales what comes before it
+        bias = None if late_bias is not None else base.bias
         y: torch.Tensor = ScaledLinear.apply(x, base.weight, bias, beta, A, B, scaling, self._weight_is_IO)
         for name in dropped:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
             y = y + F.linear(F.linear(self.lora_dropout[name](x), A), B) * self.scaling[name]
-        return self._finished(y, x, adapters)
+        return self._finished(self._with_magnitude(y, adapters[0], bias=late_bias), x, adapters)
 
     def _joined(self, adapters: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
         if not adapters:
