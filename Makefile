@@ -71,6 +71,8 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/mnist_ablations.py
 	$(PY) benchmarks/mnist_seed_gating.py
 	$(PY) benchmarks/mnist_rank_search.py
+	$(PY) benchmarks/physionet.py
+	$(PY) benchmarks/cifar10.py
 	$(PY) benchmarks/sst2.py
 	$(PY) benchmarks/paper_sizes.py
 	$(PY) benchmarks/backward_bytes.py

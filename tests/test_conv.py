@@ -174,5 +174,10 @@ def test_what_cannot_be_adapted() -> None:
     assert not any(a.kind == "conv" for a in make_plan(_mixed(), config(target_modules="all-linear")).adapters)
 
 
+def test_magnitudes_by_input_take_no_dropout() -> None:
+    with pytest.raises(ValueError, match="lora_dropout and dora_magnitude='inputs' do not go together on convolutions"):
+        make_plan(network("2d"), config(target_modules=["0"], use_dora=True, dora_magnitude="inputs", lora_dropout=0.1))
+
+
 def _mixed() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 8))

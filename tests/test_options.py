@@ -26,6 +26,7 @@ BASES = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
+    "dora by input": {"use_dora": True, "dora_magnitude": "inputs"},
     "residual": {"residual": True},
     "layer_norm": {"layer_norm": True},
     "all": {"use_dora": True, "residual": True, "layer_norm": True},
@@ -60,8 +61,10 @@ def literal(layer: Any, x: torch.Tensor) -> torch.Tensor:
     V = layer.lora_beta[name] * W + 6 / 4 * torch.cat(parts).view(W.shape)
     if name in layer.lora_magnitude:
         # The norm counts as a constant (DoRA, section 4.3).
-        norm = V.detach().flatten(1).norm(dim=1)
-        V = (layer.lora_magnitude[name] / norm).view(-1, *(1 for _ in V.shape[1:])) * V
+        magnitude = layer.lora_magnitude[name]
+        dims = [0] if len(magnitude) == 1 else list(range(1, V.dim()))  # of shape (1, inputs, ...) or (outputs,)
+        norm = V.detach().square().sum(dims, keepdim=True).sqrt()
+        V = magnitude.view_as(norm) / norm * V
     if V.dim() == 2:
         y = F.linear(x, V, base.bias)
     else:
@@ -130,13 +133,16 @@ def test_the_residual_is_there_wherever_the_shape_stays(options: dict[str, Any],
             model.merge_adapter()
 
 
-def test_dora_starts_as_the_layer_without_it() -> None:
+@pytest.mark.parametrize("per", ["outputs", "inputs"])
+def test_dora_starts_as_the_layer_without_it(per: str) -> None:
     plain = get_peft_model(llama(), config())
-    dora = get_peft_model(llama(), config(use_dora=True))
+    dora = get_peft_model(llama(), config(use_dora=True, dora_magnitude=per))
     torch.testing.assert_close(logits(dora), logits(plain))
     magnitude = dora.base_model.model.model.layers[0].self_attn.q_proj.lora_magnitude["default"]
     weight = dora.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
-    torch.testing.assert_close(magnitude.detach(), weight.norm(dim=1))
+    torch.testing.assert_close(
+        magnitude.detach(), weight.norm(dim=0, keepdim=True) if per == "inputs" else weight.norm(dim=1)
+    )
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -151,9 +157,9 @@ def test_in_a_transformer(option: str, tmp_path: Path) -> None:
 
 def test_dora_norms_are_exact_under_autocast() -> None:
     _, layer, x = build("square", "dora", torch.float32)
-    expected = layer._row_norms("default")
+    expected = layer._norms("default")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer._row_norms("default"), expected)
+        assert torch.equal(layer._norms("default"), expected)
         assert layer(x).dtype == torch.bfloat16
 
 

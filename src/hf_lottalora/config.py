@@ -24,6 +24,7 @@ Redraw = Literal["all", "targets", "none"]
 Embeddings = Literal["train", "frozen", "lora"]
 TrainOrFrozen = Literal["train", "frozen"]
 Head = Literal["train", "lora", "lora_bias"]
+Magnitude = Literal["outputs", "inputs"]
 
 # Options of LoraConfig that read, decompose or rewrite the base weight, or that this version does not carry over a
 # scaffold. Each is refused by name unless it has its default value, and is left out of adapter_config.json.
@@ -132,6 +133,13 @@ class LottaLoraConfig(LoraConfig):
         default=False,
         metadata={"help": "Add its input to the output of each adapted layer that keeps its shape (paper section 1)."},
     )
+    dora_magnitude: Magnitude = field(
+        default="outputs",
+        metadata={
+            "help": "With use_dora: a magnitude per row of the weight ('outputs', as in PEFT) or per column ('inputs', "
+            "as the DoRA paper's column norms can be read). A batch norm after the layer undoes the first."
+        },
+    )
     biases: TrainOrFrozen = field(
         default="frozen",
         metadata={"help": "Biases of linear and convolution layers: 'frozen' (default, ours) or 'train'."},
@@ -211,6 +219,8 @@ class LottaLoraConfig(LoraConfig):
         extras = [name for name in ("use_dora", "layer_norm", "residual") if getattr(self, name)]
         if extras and self.embeddings == "lora":
             raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
+        if self.dora_magnitude != "outputs" and not self.use_dora:
+            raise ValueError(f"dora_magnitude={self.dora_magnitude!r} needs use_dora=True.")
         self._check_refused()
         if self.family == "zero" and self.init_lora_weights is True and not from_file:
             warnings.warn(
@@ -241,6 +251,7 @@ class LottaLoraConfig(LoraConfig):
             ("embeddings", get_args(Embeddings)),
             ("head", (*get_args(Head), None)),
             ("norms", get_args(TrainOrFrozen)),
+            ("dora_magnitude", get_args(Magnitude)),
             ("biases", get_args(TrainOrFrozen)),
         ):
             if getattr(self, name) not in choices:

@@ -47,7 +47,7 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
     def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         x = x.to(matmul_dtype(x))
         dropout = self.training and any(not isinstance(self.lora_dropout[name], nn.Identity) for name in adapters)
-        if not dropout and self._one_kernel_is_cheaper(adapters):
+        if self._magnitude_is_per_input(adapters[0]) or (not dropout and self._one_kernel_is_cheaper(adapters)):
             base = self.get_base_layer()
             bias = None if base.bias is None else base.bias.to(x.dtype)
             y: torch.Tensor = base._conv_forward(x, self._kernel(adapters).to(x.dtype), bias)
@@ -79,7 +79,7 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
                 A, B = (tensor.to(exact) for tensor in self._pair(name))
                 kernel = kernel + self.scaling[name] * self._product(A, B)
             if adapters[0] in self.lora_magnitude:
-                kernel = kernel * self._magnitude_over_norms(adapters[0]).view(-1, *(1 for _ in weight.shape[1:]))
+                kernel = self._with_magnitude_in(kernel, adapters[0])
         return kernel
 
     def _convolved_apart(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:

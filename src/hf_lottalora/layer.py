@@ -43,7 +43,10 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         self.lora_beta[adapter_name] = nn.Parameter(torch.ones(1))
         self.residual[adapter_name] = config.residual
         if config.use_dora:
-            self.lora_magnitude[adapter_name] = nn.Parameter(torch.ones(self.out_features))
+            W = self.get_base_layer().weight
+            W = W.t() if self._weight_is_IO else W
+            per_input = config.dora_magnitude == "inputs"
+            self.lora_magnitude[adapter_name] = nn.Parameter(torch.ones((1, *W.shape[1:]) if per_input else len(W)))
         if config.layer_norm:
             self.lora_norm_weight[adapter_name] = nn.Parameter(torch.ones(self.out_features))
             self.lora_norm_bias[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
@@ -79,7 +82,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             with torch.no_grad():
                 tensor.copy_(spec.draw(tensor.dtype, tensor.device))
         if adapter_name in self.lora_magnitude:
-            self.lora_magnitude[adapter_name].data.copy_(self._row_norms(adapter_name))
+            self.lora_magnitude[adapter_name].data.copy_(self._norms(adapter_name))
 
     def _active(self) -> list[str]:
         adapters = [name for name in self.active_adapters if name in self.lora_beta]
@@ -113,38 +116,52 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         product = self._product(A, B) * self.scaling[adapter]
         summed = self.lora_beta[adapter].detach().to(exact) * original.to(exact) + product
         if adapter in self.lora_magnitude:
-            factor = self._magnitude_over_norms(adapter).detach().to(exact)
-            summed = summed * (factor if self._weight_is_IO else factor.view(-1, *(1 for _ in summed.shape[1:])))
+            summed = self._with_magnitude_in(summed, adapter)
         if self.residual[adapter] and self._keeps_shape:
             identity = torch.empty_like(summed)
             summed = summed + (nn.init.eye_(identity) if summed.dim() == 2 else self._dirac(identity))
         return summed - original.to(exact)
 
+    def _magnitude_is_per_input(self, name: str) -> bool:
+        return name in self.lora_magnitude and self.lora_magnitude[name].dim() > 1
+
     @torch.no_grad()
-    def _row_norms(self, adapter: str) -> torch.Tensor:
-        """Norm of each output's weights in `beta W + scaling * B A`, shape `(O,)`, without forming B A. For DoRA."""
+    def _norms(self, adapter: str) -> torch.Tensor:
+        """Norms of the rows (or columns) of `beta W + scaling * B A` without forming it; in the magnitude's shape."""
         W = self.original_weight()
         W = W.t() if self._weight_is_IO else W.flatten(1)
         exact = torch.promote_types(W.dtype, torch.float32)
         A, B = (tensor.to(exact).flatten(1) for tensor in self._pair(adapter))
+        if self._magnitude_is_per_input(adapter):
+            W, A, B = W.t(), B.t(), A.t()
         beta, s = self.lora_beta[adapter].to(exact), self.scaling[adapter]
         W = W.to(exact)
         with without_autocast(W):
             cross, low_rank = (W @ A.t() * B).sum(1), (B @ (A @ A.t()) * B).sum(1)
             square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
-        return square.clamp_min(torch.finfo(exact).tiny).sqrt()
+        return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter])
 
     def _magnitude_over_norms(self, name: str) -> torch.Tensor:
-        """DoRA's factor for each output, shape `(O,)`; no gradient passes through the norms, as in PEFT."""
-        return self.lora_magnitude[name] / self._row_norms(name)
+        """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(1, I, ...)`.
+
+        No gradient passes through the norms, as in PEFT.
+        """
+        return self.lora_magnitude[name] / self._norms(name)
+
+    def _with_magnitude_in(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """Multiply a weight in the layout of W by DoRA's factor."""
+        factor = self._magnitude_over_norms(name).to(weight.dtype)
+        if not self._magnitude_is_per_input(name):
+            factor = factor.view(-1, *(1 for _ in weight.shape[1:]))
+        return weight * (factor.t() if self._weight_is_IO else factor)
 
     def _with_magnitude(
         self, y: torch.Tensor, name: str, channels: int = -1, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Multiply y by DoRA's factor, if on, and add the bias; `channels` is the dimension of outputs."""
+        """Multiply y by DoRA's factor per output, if on, and add the bias; `channels` is the dimension of outputs."""
         shape = [1] * y.dim()
         shape[channels] = -1
-        if name in self.lora_magnitude:
+        if name in self.lora_magnitude and not self._magnitude_is_per_input(name):
             y = y * self._magnitude_over_norms(name).to(y.dtype).view(shape)
         return y if bias is None else y + bias.to(y.dtype).view(shape)
 
@@ -253,18 +270,22 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
 
     def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         base = self.get_base_layer()
-        x = x.to(matmul_dtype(x))
+        x_adapted = x = x.to(matmul_dtype(x))
+        per_input = self._magnitude_is_per_input(adapters[0])
+        if per_input:
+            x_adapted = x * self._magnitude_over_norms(adapters[0])[0].to(x.dtype)
         # Dropout acts on the adapter's input alone, so such an adapter takes its own way, as in PEFT.
         dropped = [name for name in adapters if self.training and not isinstance(self.lora_dropout[name], nn.Identity)]
         fused = [name for name in adapters if name not in dropped]
         A, B, scaling = self._joined(fused)
         beta = self._total_beta(adapters)
-        late_bias = base.bias if adapters[0] in self.lora_magnitude else None  # DoRA scales what comes before it
+        # DoRA's factor per output is for what comes before the bias.
+        late_bias = base.bias if adapters[0] in self.lora_magnitude and not per_input else None
         bias = None if late_bias is not None else base.bias
-        y: torch.Tensor = ScaledLinear.apply(x, base.weight, bias, beta, A, B, scaling, self._weight_is_IO)
+        y: torch.Tensor = ScaledLinear.apply(x_adapted, base.weight, bias, beta, A, B, scaling, self._weight_is_IO)
         for name in dropped:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
-            y = y + F.linear(F.linear(self.lora_dropout[name](x), A), B) * self.scaling[name]
+            y = y + F.linear(F.linear(self.lora_dropout[name](x_adapted), A), B) * self.scaling[name]
         return self._finished(self._with_magnitude(y, adapters[0], bias=late_bias), x, adapters)
 
     def _joined(self, adapters: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:

@@ -16,7 +16,7 @@ from .scaffold import ScaffoldTensor
 from .survey import Survey, SurveyedTensor
 
 if TYPE_CHECKING:
-    pass
+    from .config import Magnitude
 
 Role = Literal["scaffold", "trained", "kept"]
 AdapterKind = Literal["linear", "conv", "embedding", "tied_head"]
@@ -75,7 +75,7 @@ class PlannedAdapter:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     train_beta: bool = True
-    dora: bool = False
+    dora: Magnitude | None = None
     layer_norm: bool = False
     residual: bool = False
 
@@ -86,7 +86,8 @@ class PlannedAdapter:
         if self.kind in ("linear", "conv"):
             A, B = (r, d_in // self.groups, *self.kernel), (d_out, r // self.groups, *(1 for _ in self.kernel))
             shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": A, "lora_B.weight": B, "lora_beta": (1,)}
-            shapes.update({"lora_magnitude": (d_out,)} if self.dora else {})
+            magnitude = {"outputs": (d_out,), "inputs": (1, *A[1:])}
+            shapes.update({"lora_magnitude": magnitude[self.dora]} if self.dora else {})
             shapes.update({"lora_norm_weight": (d_out,), "lora_norm_bias": (d_out,)} if self.layer_norm else {})
             return shapes
         if self.kind == "embedding":

@@ -259,10 +259,15 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
     if module.kind == "conv" and (config.layer_norm or (config.use_dora and module.groups > 1)):
         what = "layer_norm" if config.layer_norm else "use_dora with groups"
         raise ValueError(f"{what} is not supported on convolutions, and {module.path!r} is one.")
+    dora = config.dora_magnitude if config.use_dora else None
+    if module.kind == "conv" and dora == "inputs" and config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout and dora_magnitude='inputs' do not go together on convolutions, and {module.path!r} is one."
+        )
     sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
     kind = cast(AdapterKind, module.kind)
     beta: bool = _by_pattern(config, "train_beta_pattern", module.path, config.train_beta)
-    return PlannedAdapter(module.path, kind, *sizes, beta, config.use_dora, config.layer_norm, config.residual)
+    return PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual)
 
 
 def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
