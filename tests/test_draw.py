@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from make_goldens import CASES, FILE, golden
 from scipy import stats
 
-from hf_lottalora import ScaffoldTensor
-from hf_lottalora.draw import BLOCK, random_words, stream_key
+from hf_lottalora import FAMILIES, ScaffoldTensor, draw
+from hf_lottalora.draw import random_words, stream_key
 from hf_lottalora.scaffold import draw_into
 
 MASK = (1 << 64) - 1
@@ -89,14 +89,34 @@ def test_a_slice_equals_that_slice_of_the_whole(
     assert torch.equal(scaffold.draw_slice(start, stop, dtype), scaffold.draw(dtype).flatten()[start:stop])
 
 
-@pytest.mark.parametrize("family", ["normal", "binary"])
-def test_threads_and_blocks_do_not_enter(family: str) -> None:
-    scaffold = ScaffoldTensor("a.weight", (5, BLOCK // 2 + 3), 3, family)
+@pytest.mark.parametrize("family", ["normal", "normal_4bit", "binary"])
+def test_threads_and_blocks_do_not_enter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw, "BLOCK_WORDS", 1 << 10)
+    block = (1 << 16) // FAMILIES[family].bits
+    scaffold = ScaffoldTensor("a.weight", (5, block // 2 + 3), 3, family)
     whole = scaffold.draw(threads=1)
     assert torch.equal(whole, scaffold.draw(threads=2))
     assert torch.equal(whole, scaffold.draw(threads=7))
-    at = BLOCK - 5
+    at = block - 5
     assert torch.equal(scaffold.draw_slice(at, at + 10), whole.flatten()[at : at + 10])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_every_way_to_look_up_gives_the_literal_value(bits: int, dtype: torch.dtype) -> None:
+    """One byte or two at a time, rows of 2 to 64 bytes, aligned or not: table[bits of element i]."""
+    family = {16: "uniform", 8: "normal_8bit", 4: "normal_4bit", 2: "normal_2bit", 1: "binary"}[bits]
+    count = (1 << 17) + 24
+    scaffold = ScaffoldTensor("a.weight", (count,), 5, family, 0.3)
+    words = random_words(stream_key(5, "a.weight"), 0, -(-count * bits // 64))
+    index = (words[:, None] >> np.arange(0, 64, bits, dtype=np.uint64)) & np.uint64((1 << bits) - 1)
+    table = torch.from_numpy(FAMILIES[family].table * np.float32(0.3)).to(dtype)
+    expected = table[torch.from_numpy(index.reshape(-1)[:count].astype(np.int64))]
+    assert torch.equal(scaffold.draw(dtype), expected)
+    misaligned = torch.zeros(count + 1, dtype=dtype)[1:]
+    draw_into({scaffold: misaligned})
+    assert torch.equal(misaligned, expected)
+    assert torch.equal(scaffold.draw_slice(3, count - 2, dtype), expected[3 : count - 2])
 
 
 def test_order_and_neighbours_do_not_enter() -> None:
