@@ -92,6 +92,7 @@ def test_a_slice_equals_that_slice_of_the_whole(
 @pytest.mark.parametrize("family", ["normal", "normal_4bit", "binary"])
 def test_threads_and_blocks_do_not_enter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draw, "BLOCK_WORDS", 1 << 10)
+    monkeypatch.setattr(draw, "SMALLEST_BLOCK_WORDS", 1 << 8)
     block = (1 << 16) // FAMILIES[family].bits
     scaffold = ScaffoldTensor("a.weight", (5, block // 2 + 3), 3, family)
     whole = scaffold.draw(threads=1)

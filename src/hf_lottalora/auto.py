@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from .artifact import HUB_OPTIONS, builds, loader_of, locate
 from .config import LottaLoraConfig
+from .residency import Residency, check_residency
 from .survey import owner_of
 
 
@@ -35,6 +36,7 @@ class _AutoLottaLora:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         attn_implementation: str | None = None,
+        residency: Residency | None = None,
         **hub_kwargs: Any,
     ) -> PeftModel:
         """Rebuild the model that `save_pretrained` wrote, to the bit.
@@ -47,6 +49,7 @@ class _AutoLottaLora:
             dtype: dtype of the model; default: the one it was saved in.
             device: where the model goes once it is built.
             attn_implementation: as in transformers; default: what it chooses here.
+            residency: "dense", "packed" or "streamed", see `LottaLoraConfig`; default: what it was saved with.
             hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Returns:
@@ -59,13 +62,15 @@ class _AutoLottaLora:
         if unknown:
             raise TypeError(
                 f"{cls.__name__}.from_pretrained does not take {sorted(unknown)}. The architecture and the adapter's "
-                "options come from the artifact; besides dtype, device and "
-                "attn_implementation it takes subfolder, "
+                "options come from the artifact; besides dtype, device, "
+                "attn_implementation and residency it takes subfolder, "
                 f"{', '.join(HUB_OPTIONS)}."
             )
+        residency = residency if residency is None else check_residency(residency)
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
         if not isinstance(config, LottaLoraConfig):
             raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")
+        config.residency = residency or config.residency
         file = locate(path, "config.json", **hub_kwargs)
         if file is None:
             raise ValueError(
@@ -108,6 +113,7 @@ class _AutoLottaLora:
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
             torch_device="cpu",
+            config=config,
             **hub_kwargs,
         )
         return peft_model.to(device)

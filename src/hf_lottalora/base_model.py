@@ -10,7 +10,8 @@ from torch import nn
 
 from .checkpoint import PREFIX
 from .layer import ScaffoldLayer
-from .plan import Plan
+from .plan import Plan, PlannedTensor
+from .residency import Residency, VirtualWeight, pack, resident
 from .scaffold import ScaffoldTensor, draw_into, run_starts, sampled_digest
 from .survey import clean_modules, owner_of
 from .trained import TrainedTensors
@@ -56,19 +57,19 @@ def check_loadable(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def materialise(model: nn.Module, plan: Plan) -> None:
+def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") -> None:
     """Give every frozen tensor of the base model its value: the scaffold in one parallel pass, in place."""
     draws = {}
     for tensor in plan.tensors:
-        owner, attribute = owner_of(model, tensor.path)
-        live = getattr(owner, attribute)
-        if live.is_meta and tensor.role != "trained":
-            live = nn.Parameter(torch.empty(live.shape, dtype=live.dtype), requires_grad=False)
-            for alias in tensor.survey.aliases:
-                owner, attribute = owner_of(model, alias)
-                owner._parameters[attribute] = live
         if tensor.role == "trained":
             continue
+        live = getattr(*owner_of(model, tensor.path))
+        if residency != "dense" and isinstance(tensor.base, ScaffoldTensor) and can_be_virtual(model, tensor):
+            device = "cpu" if live.is_meta else live.device
+            _replace(model, tensor, resident(tensor.base, residency, live.dtype, device))
+            continue
+        if live.is_meta:
+            live = _replace(model, tensor, torch.empty(live.shape, dtype=live.dtype))
         if isinstance(tensor.base, ScaffoldTensor):
             draws[tensor.base] = live
         elif tensor.base is not None:
@@ -77,11 +78,41 @@ def materialise(model: nn.Module, plan: Plan) -> None:
     draw_into(draws)
 
 
+def can_be_virtual(model: nn.Module, tensor: PlannedTensor) -> bool:
+    """Whether a scaffold tensor can be other than dense: not what fused kernels read by its address."""
+    owner, attribute = owner_of(model, tensor.path)
+    exact = isinstance(tensor.base, ScaffoldTensor) and tensor.base.exact
+    elsewhere = isinstance(owner, (nn.RNNBase, nn.MultiheadAttention)) or getattr(owner, "max_norm", None) is not None
+    return tensor.role == "scaffold" and exact and attribute in owner._parameters and not elsewhere
+
+
+def _replace(model: nn.Module, tensor: PlannedTensor, value: torch.Tensor) -> nn.Parameter:
+    """Another parameter in the place of a frozen one, also where it is tied."""
+    live = nn.Parameter(value, requires_grad=False)
+    for path in {tensor.path, *tensor.survey.aliases}:
+        owner, attribute = owner_of(model, path)
+        owner._parameters[attribute] = live
+    return live
+
+
 class BaseTensors:
     """The tensors of a base model while adapters are over it: installed in their place, or merged into them."""
 
     def __init__(self, model: nn.Module, trained: TrainedTensors) -> None:
         self.model, self.trained = model, trained
+
+    def set_residency(self, plan: Plan, residency: Residency) -> None:
+        """Hold the scaffold dense, packed or streamed, tensor by tensor; the values stay."""
+        for tensor in plan.with_role("scaffold"):
+            live = getattr(*owner_of(self.model, tensor.path))
+            if residency == "dense":
+                if isinstance(live, VirtualWeight):
+                    _replace(self.model, tensor, live.dense())
+            elif isinstance(live, VirtualWeight):
+                live.words = pack(live.scaffold, live.device) if residency == "packed" else None
+            elif can_be_virtual(self.model, tensor):
+                assert isinstance(tensor.base, ScaffoldTensor)
+                _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
 
     def is_bare(self, path: str) -> bool:
         """Whether the live tensor is the base model's own: nothing trained stands there, nothing is merged into it."""
@@ -121,7 +152,9 @@ class BaseTensors:
             ValueError: they differ.
         """
         live = getattr(*owner_of(self.model, path)).detach()
-        if not spec.exact:
+        if isinstance(live, VirtualWeight):
+            same = live.holds(spec, full)
+        elif not spec.exact:
             drawn = spec.draw(live.dtype)
             tolerance = max(torch.finfo(live.dtype).eps, 1e-9) * float(drawn.abs().amax())
             same = torch.allclose(live.cpu(), drawn, rtol=0, atol=tolerance)

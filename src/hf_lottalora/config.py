@@ -15,6 +15,7 @@ from peft.utils import PeftType
 from .artifact import check_artifact_files, check_not_pickled, complete_artifact
 from .draw import FORMAT_VERSION, GENERATOR, check_seed
 from .families import get_family
+from .residency import Residency
 from .scales import SCALE_RULES
 
 if TYPE_CHECKING:
@@ -161,6 +162,14 @@ class LottaLoraConfig(LoraConfig):
     train_beta_pattern: dict[str, bool] = field(
         default_factory=dict, metadata={"help": "Exceptions to train_beta by module, matched as family_pattern."}
     )
+    residency: Residency = field(
+        default="dense",
+        metadata={
+            "help": "Where the frozen scaffold is: 'dense' in memory, 'packed' as its random words, k bits a weight, "
+            "'streamed' nowhere: drawn at each use. The values are the same to the bit; "
+            "`model.set_residency(...)` switches. The first adapter's counts."
+        },
+    )
     save_kept: bool = field(
         default=False,
         metadata={
@@ -251,6 +260,7 @@ class LottaLoraConfig(LoraConfig):
             ("embeddings", get_args(Embeddings)),
             ("head", (*get_args(Head), None)),
             ("norms", get_args(TrainOrFrozen)),
+            ("residency", get_args(Residency)),
             ("dora_magnitude", get_args(Magnitude)),
             ("biases", get_args(TrainOrFrozen)),
         ):

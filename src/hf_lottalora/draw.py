@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +28,7 @@ FORMAT_VERSION = 1
 GENERATOR = "philox4x64-10"
 
 # Words per task, 1 MiB: long enough (0.5 ms) to hide the hand-over to a thread, while words and indices stay in cache.
-BLOCK_WORDS = 1 << 17
+BLOCK_WORDS, SMALLEST_BLOCK_WORDS = 1 << 17, 1 << 13
 
 _DTYPE_OF_ROW = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,6 +43,7 @@ class Draw(NamedTuple):
         bits: random bits per element.
         key: the tensor's Philox key, shape `(2,)`, uint64.
         start: flat index of the first element.
+        words: the tensor's words from the first on, dtype '<u8', where they are in memory already; None draws them.
     """
 
     out: np.ndarray[Any, Any]
@@ -48,6 +51,7 @@ class Draw(NamedTuple):
     bits: int
     key: np.ndarray[Any, Any]
     start: int = 0
+    words: np.ndarray[Any, Any] | None = None
 
 
 def check_seed(seed: object, what: str = "seed") -> int:
@@ -86,23 +90,49 @@ def draw_blocks(draws: Iterable[Draw], threads: int | None = None) -> None:
         draws: what to fill; destinations must not overlap.
         threads: defaults to `torch.get_num_threads()`. The values do not depend on it.
     """
+    draws, threads = list(draws), threads or torch.get_num_threads()
+    words = sum(len(draw.out) * draw.bits for draw in draws) // 64
+    block_words = min(BLOCK_WORDS, max(SMALLEST_BLOCK_WORDS, -(-words // threads)))
+    rows_of: dict[tuple[int, bool], np.ndarray[Any, Any]] = {}  # by table, which many draws may share
     blocks = []
     for draw in draws:
-        rows = _rows(draw.table, draw.bits, len(draw.out))
-        step = BLOCK_WORDS * 64 // draw.bits
+        many = len(draw.out) >= 1 << 17
+        rows = rows_of.get((id(draw.table), many))
+        if rows is None:
+            rows = rows_of[id(draw.table), many] = _rows(draw.table, draw.bits, many)
+        step = block_words * 64 // draw.bits
         for at in range(0, len(draw.out), step):
             blocks.append((draw._replace(out=draw.out[at : at + step], start=draw.start + at), rows))
-    threads = min(threads or torch.get_num_threads(), len(blocks))
-    if threads <= 1:
-        for block in blocks:
-            _draw_block(*block)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(_draw_block, *zip(*blocks, strict=True)):
-            pass
+    _in_parallel(_draw_block, blocks, threads)
 
 
-def _rows(table: np.ndarray[Any, Any], bits: int, count: int) -> np.ndarray[Any, Any]:
+def draw_words(key: np.ndarray[Any, Any], count: int, threads: int | None = None) -> np.ndarray[Any, Any]:
+    """The first `count` words of the stream under `key`, shape `(count,)`, dtype '<u8', drawn in parallel."""
+    words = np.empty(count, "<u8")
+
+    def fill(start: int) -> None:
+        part = words[start : start + BLOCK_WORDS]
+        part[:] = random_words(key, start, len(part))
+
+    _in_parallel(fill, [(start,) for start in range(0, count, BLOCK_WORDS)], threads or torch.get_num_threads())
+    return words
+
+
+def _in_parallel(work: Callable[..., None], jobs: list[tuple[Any, ...]], threads: int) -> None:
+    if min(threads, len(jobs)) <= 1:
+        for job in jobs:
+            work(*job)
+    else:
+        list(_pool(os.getpid(), threads).map(work, *zip(*jobs, strict=True)))
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that stay, since layers may be drawn at every use; a forked process has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="hf_lottalora")
+
+
+def _rows(table: np.ndarray[Any, Any], bits: int, many: bool) -> np.ndarray[Any, Any]:
     """What each possible index stands for: all values that one or two bytes of the stream encode, lowest bits first.
 
     Shape `(256, 8 // bits)` or `(65536, 16 // bits)`. Two bytes at a time halve the look-ups and cost a table that is
@@ -112,7 +142,7 @@ def _rows(table: np.ndarray[Any, Any], bits: int, count: int) -> np.ndarray[Any,
         return table[:, None]
     octet = np.arange(256)[:, None]
     rows: np.ndarray[Any, Any] = table[(octet >> np.arange(0, 8, bits)) & ((1 << bits) - 1)]
-    if count < 1 << 17 or (rows.nbytes << 9) > 1 << 19:
+    if not many or (rows.nbytes << 9) > 1 << 19:
         return rows
     pairs = np.empty((256, 256, 2, rows.shape[1]), table.dtype)  # by high byte, low byte
     pairs[:, :, 0], pairs[:, :, 1] = rows, rows[:, None]
@@ -122,7 +152,11 @@ def _rows(table: np.ndarray[Any, Any], bits: int, count: int) -> np.ndarray[Any,
 def _draw_block(draw: Draw, rows: np.ndarray[Any, Any]) -> None:
     out, bits, count = draw.out, draw.bits, len(draw.out)
     first_word, lead = divmod(draw.start, 64 // bits)
-    words = random_words(draw.key, first_word, math.ceil((lead + count) * bits / 64))
+    word_count = math.ceil((lead + count) * bits / 64)
+    if draw.words is None:
+        words = random_words(draw.key, first_word, word_count)
+    else:
+        words = draw.words[first_word : first_word + word_count]
     first, skip = divmod(lead, rows.shape[1])
     index = words.view("u1" if len(rows) == 256 else "<u2")[first : math.ceil((lead + count) / rows.shape[1])]
     if skip == 0 and count % rows.shape[1] == 0:

@@ -21,6 +21,7 @@ from .config import LottaLoraConfig
 from .conv import ScaffoldConv
 from .initialization import untouched_rng
 from .layer import ScaffoldEmbedding, ScaffoldLayer, ScaffoldLinear, TiedHead
+from .merging import Merging
 from .plan import Plan
 from .planner import plan_from_survey, warn_of_losses
 from .reseed import SeedSwitching
@@ -50,7 +51,7 @@ class _Complete(dict[str, torch.Tensor]):
             )
 
 
-class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
+class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[misc]
     """The tuner that `get_peft_model(model, LottaLoraConfig(...))` puts around a model.
 
     Everything is planned and validated first; then the scaffold is drawn, once, and adapters are injected. Its public
@@ -120,7 +121,8 @@ class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
         if first:
             if config.scaffold_digests is None:  # an artifact that is loaded was made over this base on purpose
                 warn_of_losses(plan, config)
-            materialise(model, plan)
+            materialise(model, plan, config.residency)
+            self.residency = config.residency
             self.survey = survey
             self.first_config, self.first_plan = config, plan
         config._plan = self.plans[adapter_name] = plan
@@ -233,34 +235,12 @@ class LottaLoraModel(SeedSwitching, lora.LoraModel):  # type: ignore[misc]
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's.
-
-        Raises:
-            ValueError: within `scaffold_seed` or `scaffold_off`, whose end draws the scaffold again.
-        """
-        self._check_unswitched()
-        super().merge_adapter(*args, **kwargs)
-
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: beta scales the scaffold itself, so a weighted sum of adapters is not an adapter of this form."""
         raise ValueError(
             "add_weighted_adapter is not supported: a LottaLoRA adapter also scales the scaffold (beta) and brings its "
             "own trained tensors, and these do not add up like LoRA deltas."
         )
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        self._check_unswitched()
-        owner = self.trained.owner_among(adapter_names or self.active_adapters) if merge else None
-        self.trained.install(self.model, owner)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        return model
 
     # ---- saving and loading ---------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from .draw import check_seed
 from .layer import ScaffoldLayer
 from .plan import Plan
 from .planner import plan_from_survey
+from .residency import VirtualWeight
 from .scaffold import ScaffoldTensor, draw_into
 from .survey import owner_of
 from .trained import TrainedTensors
@@ -113,13 +115,6 @@ class SeedSwitching:
             self._switched, self._off = self._switched - 1, self._off - 1
             self._draw()
 
-    def _check_unswitched(self) -> None:
-        if self._switched:
-            raise ValueError(
-                "Adapters cannot be merged or unloaded within scaffold_seed or scaffold_off, which draw the scaffold "
-                "again at their end. Use set_scaffold_seed for good, or merge outside."
-            )
-
     def _check_switchable(self) -> None:
         if not self.first_plan.scaffold:
             raise ValueError("This model has no scaffold to draw: it was made with redraw='none'.")
@@ -146,11 +141,15 @@ class SeedSwitching:
         """Draw what is drawn and live: the scaffold, and trained tensors where no adapter's copy stands."""
         draws = {}
         for tensor in self.first_plan.tensors:
-            live = getattr(*owner_of(self.model, tensor.path)).detach()
+            live = getattr(*owner_of(self.model, tensor.path))
+            live = live if isinstance(live, VirtualWeight) else live.detach()
             if tensor.path.endswith(".original0") and isinstance(tensor.base, torch.Tensor):
                 live.copy_(tensor.base)  # size under weight norm: that of the direction that is drawn
             elif tensor.role == "kept" or not isinstance(tensor.base, ScaffoldTensor):
                 continue
+            elif isinstance(live, VirtualWeight):
+                off = self._off and tensor.survey.kind == "matrix"
+                live.assign(replace(tensor.base, family="zero") if off else tensor.base)
             elif self._off and tensor.role == "scaffold" and tensor.survey.kind == "matrix":
                 live.zero_()
             elif self.base.is_bare(tensor.path):

@@ -1,0 +1,98 @@
+"""The part of `LottaLoraModel` that says where weights live, and merges into them, for which they must be in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .base_model import BaseTensors
+from .layer import ScaffoldLayer
+from .plan import Plan
+from .residency import Residency, check_residency
+from .trained import TrainedTensors
+
+
+class Merging:
+    """`set_residency`, and merging over PEFT's."""
+
+    model: nn.Module
+    base: BaseTensors
+    trained: TrainedTensors
+    first_plan: Plan
+    active_adapters: list[str]
+    _switched: int
+
+    residency: Residency = "dense"
+
+    def set_residency(self, residency: Residency) -> None:
+        """Hold the frozen scaffold in memory, packed or not at all; what the model computes stays the same.
+
+        Args:
+            residency: "dense" (values in the model's dtype), "packed" (k random bits per weight), or "streamed"
+                (nothing; each weight is drawn when it is used, forward and again backward).
+
+        Raises:
+            ValueError: it is none of these, or adapters are merged, which needs "dense".
+
+        Example:
+            >>> import torch
+            >>> from peft import get_peft_model
+            >>> from hf_lottalora import LottaLoraConfig
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+            >>> model = get_peft_model(net, LottaLoraConfig(seed=42, r=1, target_modules=["0"], modules_to_save=["1"]))
+            >>> model.set_residency("streamed")
+            >>> model.residency
+            'streamed'
+        """
+        residency = check_residency(residency)
+        if residency != "dense" and self._merged():
+            raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
+        self.base.set_residency(self.first_plan, residency)
+        self.residency = residency
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. A scaffold that is packed or streamed is dense until `unmerge_adapter`.
+
+        Raises:
+            ValueError: within `scaffold_seed` or `scaffold_off`, whose end draws the scaffold again.
+        """
+        self._check_unswitched()
+        self.base.set_residency(self.first_plan, "dense")
+        try:
+            super().merge_adapter(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._restore_residency()
+
+    def unmerge_adapter(self) -> None:
+        """As PEFT's."""
+        super().unmerge_adapter()  # type: ignore[misc]
+        self._restore_residency()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        self._check_unswitched()
+        self.base.set_residency(self.first_plan, "dense")
+        owner = self.trained.owner_among(adapter_names or self.active_adapters) if merge else None
+        self.trained.install(self.model, owner)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
+        return model
+
+    def _merged(self) -> bool:
+        return any(isinstance(module, ScaffoldLayer) and module.merged for module in self.model.modules())
+
+    def _restore_residency(self) -> None:
+        if not self._merged():
+            self.base.set_residency(self.first_plan, self.residency)
+
+    def _check_unswitched(self) -> None:
+        if self._switched:
+            raise ValueError(
+                "Adapters cannot be merged or unloaded within scaffold_seed or scaffold_off, which draw the scaffold "
+                "again at their end. Use set_scaffold_seed for good, or merge outside."
+            )

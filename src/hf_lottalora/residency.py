@@ -1,0 +1,318 @@
+"""Where a scaffold weight lives: dense in memory, packed as its random words, or nowhere ("streamed").
+
+A packed or streamed weight is a tensor without storage. It has shape, dtype and device, modules hold it as their
+`weight`, autograd saves it; only an operation that reads its values makes them, for as long as it runs. The values are
+those of the dense weight to the bit, so switching changes no result.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from .draw import Draw, draw_blocks, draw_words, flat_bits, random_words, scaled_table, stream_key
+from .families import get_family
+from .scaffold import ScaffoldTensor, run_starts
+
+Residency = Literal["dense", "packed", "streamed"]
+
+aten = torch.ops.aten
+
+# Values made at a time by a matrix product, 32 MiB in bfloat16. Larger matrices are multiplied in parts, which rounds
+# sums over inputs once per part.
+CHUNK = 1 << 24
+
+
+class VirtualWeight(torch.Tensor):
+    """A drawn weight whose values are made when they are read.
+
+    Where a matrix product needs them, and for rows of a table, in parts; other operations get all of them.
+
+    Attributes:
+        scaffold: what it is.
+        words: its random words, uint8 of shape `(bytes,)`; None draws them at each use.
+        dtypes: the dtype it was drawn in, and those it was cast to since; casts round like those of a dense tensor.
+        transposed: whether this is the transpose of the (two-dimensional) scaffold tensor.
+    """
+
+    scaffold: ScaffoldTensor
+    words: torch.Tensor | None
+    dtypes: tuple[torch.dtype, ...]
+    transposed: bool
+
+    @staticmethod
+    def __new__(
+        cls: type[VirtualWeight],
+        scaffold: ScaffoldTensor,
+        words: torch.Tensor | None,
+        dtypes: tuple[torch.dtype, ...],
+        device: torch.device | str = "cpu",
+        transposed: bool = False,
+    ) -> VirtualWeight:
+        """See the attributes; `device` is where values are made."""
+        shape = scaffold.shape[::-1] if transposed else scaffold.shape
+        weight: VirtualWeight = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtypes[-1], device=torch.device(device)
+        )
+        weight.scaffold, weight.words, weight.dtypes, weight.transposed = scaffold, words, dtypes, transposed
+        return weight
+
+    def _like(self, **changes: Any) -> VirtualWeight:
+        """Another handle on the same weight."""
+        entries = {name: getattr(self, name) for name in ("scaffold", "words", "dtypes", "device", "transposed")}
+        return VirtualWeight(**{**entries, **changes})
+
+    @property
+    def residency(self) -> Residency:
+        """Either "packed" or "streamed"."""
+        return "streamed" if self.words is None else "packed"
+
+    def assign(self, scaffold: ScaffoldTensor) -> None:
+        """Become another scaffold tensor of the same shape, in place."""
+        self.words = None if self.words is None else pack(scaffold, self.device)
+        self.scaffold = scaffold
+
+    def holds(self, scaffold: ScaffoldTensor, full: bool) -> bool:
+        """Whether it is this scaffold tensor; looks at sampled words in memory, or with `full` at each."""
+        if self.scaffold != scaffold or self.words is None:
+            return self.scaffold == scaffold
+        words, key = self.words.cpu().numpy().view("<u8"), stream_key(scaffold.seed, scaffold.name)
+        if full:
+            return np.array_equal(words, draw_words(key, len(words)))
+        return all(np.array_equal(words[at : at + 1], random_words(key, at, 1)) for at in run_starts(len(words)))
+
+    def slices(self, starts: list[int], length: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs `[start, start + length)` of the flattened scaffold tensor, shape `(len(starts), length)`."""
+        drawn, *casts = self._casts
+        if out is None:
+            out = torch.empty(len(starts), length, dtype=drawn)
+        self._draw_runs(starts, out)
+        values = out.to(self.device)
+        for dtype in casts:
+            values = values.to(dtype)
+        return values
+
+    @property
+    def _casts(self) -> tuple[torch.dtype, ...]:
+        """The dtype to draw in and those to cast to. A float32 draw is exact: its first cast rounds as a draw does."""
+        exact = len(self.dtypes) > 1 and self.dtypes[0] in (torch.float32, torch.float64)
+        return self.dtypes[1:] if exact else self.dtypes
+
+    def _draw_runs(self, starts: list[int], out: torch.Tensor) -> None:
+        spec, family, length = self.scaffold, get_family(self.scaffold.family), out.shape[1]
+        table, key = scaled_table(family.table, spec.scale, out.dtype), stream_key(spec.seed, spec.name)
+        words = None if self.words is None else self.words.cpu().numpy().view("<u8")
+        flat = flat_bits(out).reshape(len(starts), length)
+        draw_blocks(Draw(run, table, family.bits, key, at, words) for run, at in zip(flat, starts, strict=True))
+        if spec.zero_row is not None:
+            width = spec.numel // spec.shape[0]
+            low, high = spec.zero_row * width, (spec.zero_row + 1) * width
+            for run, at in zip(out, starts, strict=True):
+                run[max(0, low - at) : max(0, high - at)] = 0
+
+    def dense(self) -> torch.Tensor:
+        """The values as an ordinary tensor."""
+        values = self.slices([0], self.scaffold.numel).view(self.scaffold.shape)
+        return values.t() if self.transposed else values
+
+    def row_chunks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """`(first, last + 1, values)` for runs of rows of the scaffold tensor; the values are good until the next."""
+        rows, width = self.scaffold.shape[0], self.scaffold.numel // self.scaffold.shape[0]
+        step = max(1, CHUNK // width)
+        buffer = _buffer(min(step, rows) * width, self._casts[0])
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            size = (last - first) * width
+            yield first, last, self.slices([first * width], size, buffer[:, :size]).view(last - first, width)
+
+    # ---- what torch asks of a tensor ------------------------------------------------------------------------------
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func.overloadpacket)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        names = [a.name for a in func._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(isinstance(given.get(name), VirtualWeight) for name in written):
+            raise RuntimeError(
+                f"{func} would write to a scaffold weight that is not in memory. Call set_residency('dense') first."
+            )
+        args, kwargs = torch.utils._pytree.tree_map_only(VirtualWeight, VirtualWeight.dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        context = (self.scaffold, self.dtypes, self.device, self.transposed)
+        return ([] if self.words is None else ["words"]), context
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> VirtualWeight:
+        scaffold, dtypes, device, transposed = context
+        return VirtualWeight(scaffold, inner.get("words"), dtypes, device, transposed)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"VirtualWeight({self.scaffold}, residency={self.residency!r}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            words = None if self.words is None else self.words.clone()
+            copied = self._like(words=words)
+            memo[id(self)] = nn.Parameter(copied, False) if isinstance(self, nn.Parameter) else copied
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts = (self.scaffold, self.words, self.dtypes, self.device, self.transposed)
+        return _rebuilt, (*parts, isinstance(self, nn.Parameter))
+
+
+def _rebuilt(*parts: Any) -> torch.Tensor:
+    *arguments, is_parameter = parts
+    weight = VirtualWeight(*arguments)
+    return nn.Parameter(weight, False) if is_parameter else weight
+
+
+def pack(scaffold: ScaffoldTensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """All random words of a tensor, uint8 of shape `(bytes,)`: k bits per value, rounded up to whole words."""
+    bits = get_family(scaffold.family).bits
+    words = draw_words(stream_key(scaffold.seed, scaffold.name), math.ceil(scaffold.numel * bits / 64))
+    return torch.from_numpy(words.view(np.uint8)).to(device)
+
+
+def resident(
+    scaffold: ScaffoldTensor, residency: Residency, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The tensor in one of the three forms, shape `scaffold.shape`."""
+    if residency == "dense":
+        return scaffold.draw(dtype, device)
+    return VirtualWeight(scaffold, pack(scaffold, device) if residency == "packed" else None, (dtype,), device)
+
+
+def check_residency(residency: object) -> Residency:
+    """Return it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if residency not in get_args(Residency):
+        raise ValueError(f"residency must be one of {list(get_args(Residency))}, got {residency!r}.")
+    return residency  # type: ignore[return-value]
+
+
+_LOCAL = threading.local()
+
+
+def _buffer(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Scratch of shape `(1, size)`, one per thread, so that values that are made again and again fault no new pages."""
+    held = getattr(_LOCAL, "scratch", None)
+    if held is None or held.nbytes < size * dtype.itemsize:
+        held = _LOCAL.scratch = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
+    return held[: size * dtype.itemsize].view(dtype).view(1, size)
+
+
+# ---- operations that do not need all values at once ---------------------------------------------------------------
+
+
+def _same(weight: VirtualWeight, *args: Any, **kwargs: Any) -> VirtualWeight:
+    return weight._like()
+
+
+def _to_copy(weight: VirtualWeight, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> VirtualWeight:
+    device = weight.device if device is None else torch.device(device)
+    dtypes = weight.dtypes if dtype in (None, weight.dtype) else (*weight.dtypes, dtype)
+    words = None if weight.words is None else weight.words.to(device)
+    return weight._like(device=device, dtypes=dtypes, words=words)
+
+
+def _t(weight: VirtualWeight) -> VirtualWeight:
+    return weight._like(transposed=not weight.transposed)
+
+
+def _transpose(weight: VirtualWeight, one: int, other: int) -> Any:
+    return _t(weight) if weight.dim() == 2 and {one % 2, other % 2} == {0, 1} else NotImplemented
+
+
+def _product(x: torch.Tensor, weight: VirtualWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ weight + bias` by chunks of the scaffold's rows: they are columns of the result, or parts of the sum."""
+    rows = weight.scaffold.shape[0]
+    y: torch.Tensor | None = None
+    for first, last, values in weight.row_chunks():
+        if weight.transposed:
+            part_bias = None if bias is None else bias.expand(rows)[first:last]
+            part = x @ values.t() if part_bias is None else torch.addmm(part_bias, x, values.t())
+            if last - first == rows:
+                return part
+            y = x.new_empty(len(x), rows) if y is None else y
+            y[:, first:last] = part
+        elif last - first == rows:
+            return x @ values if bias is None else torch.addmm(bias, x, values)
+        else:
+            part = (x[:, first:last] @ values).to(torch.promote_types(x.dtype, torch.float32))
+            y = part if y is None else y.add_(part)
+    assert y is not None
+    return (y if weight.transposed or bias is None else y + bias).to(x.dtype)
+
+
+def _mm(x: torch.Tensor, weight: torch.Tensor) -> Any:
+    if isinstance(x, VirtualWeight) or not isinstance(weight, VirtualWeight):
+        return NotImplemented
+    return _product(x, weight)
+
+
+def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(bias, VirtualWeight) or isinstance(x, VirtualWeight) or bias.dim() != 1 or (beta, alpha) != (1, 1):
+        return NotImplemented
+    return _product(x, weight, bias)  # type: ignore[arg-type]
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    if isinstance(x, VirtualWeight) or not isinstance(weight, VirtualWeight):
+        return NotImplemented
+    return _product(x.reshape(-1, x.shape[-1]), _t(weight), bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _embedding(weight: torch.Tensor, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Only the rows that are asked for, each once."""
+    if not isinstance(weight, VirtualWeight) or weight.transposed:
+        return NotImplemented
+    unique, inverse = ids.reshape(-1).unique(return_inverse=True)
+    width = weight.shape[1]
+    rows = weight.slices((unique * width).tolist(), width)
+    return rows[inverse.to(rows.device)].view(*ids.shape, width)
+
+
+def _select(weight: VirtualWeight, dim: int, index: int) -> Any:
+    """One entry of the first dimension, such as one expert."""
+    if dim % weight.dim() != 0 or weight.transposed:
+        return NotImplemented
+    shape = weight.shape[1:]
+    return weight.slices([index % weight.shape[0] * shape.numel()], shape.numel()).view(shape)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach: _same,
+    aten.alias: _same,
+    aten.clone: _same,
+    aten.lift_fresh: _same,
+    aten._to_copy: _to_copy,
+    aten.t: _t,
+    aten.transpose: _transpose,
+    aten.mm: _mm,
+    aten.addmm: _addmm,
+    aten.linear: _linear,
+    aten.embedding: _embedding,
+    aten.select: _select,
+}
