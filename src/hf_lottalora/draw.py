@@ -18,7 +18,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,27 +28,61 @@ FORMAT_VERSION = 1
 GENERATOR = "philox4x64-10"
 
 # Words per task, 1 MiB: long enough (0.5 ms) to hide the hand-over to a thread, while words and indices stay in cache.
-BLOCK_WORDS, SMALLEST_BLOCK_WORDS = 1 << 17, 1 << 13
+BLOCK_WORDS, SMALLEST_BLOCK_WORDS = 1 << 17, 1 << 15
 
 _DTYPE_OF_ROW = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Table:
+    """The values that weights can have, as the destination holds them, and what is looked up in their place.
+
+    Attributes:
+        bits: random bits per element.
+        values: shape `(2**bits,)`: one float32 multiply of the family's by the scale and one rounding to the
+            destination's dtype, as integers of its size.
+    """
+
+    def __init__(self, family_table: np.ndarray[Any, Any], scale: float, dtype: torch.dtype) -> None:
+        self.bits = len(family_table).bit_length() - 1
+        self.values = flat_bits(torch.from_numpy(family_table * np.float32(scale)).to(dtype))
+
+    @cached_property
+    def octets(self) -> np.ndarray[Any, Any]:
+        """`(256, 8 // bits)`: the values that each possible byte of the stream encodes, lowest bits first.
+
+        With 16 bits `(65536, 1)`.
+        """
+        if self.bits == 16:
+            return self.values[:, None]
+        octet = np.arange(256)[:, None]
+        rows: np.ndarray[Any, Any] = self.values[(octet >> np.arange(0, 8, self.bits)) & ((1 << self.bits) - 1)]
+        return rows
+
+    @cached_property
+    def pairs(self) -> np.ndarray[Any, Any]:
+        """`(65536, 16 // bits)`, for two bytes at a time: half the look-ups, where it still fits an L2 cache."""
+        rows = self.octets
+        if self.bits == 16 or rows.nbytes << 9 > 1 << 19:
+            return rows
+        pairs = np.empty((256, 256, 2, rows.shape[1]), rows.dtype)  # by high byte, low byte
+        pairs[:, :, 0], pairs[:, :, 1] = rows, rows[:, None]
+        return pairs.reshape(1 << 16, -1)
 
 
 class Draw(NamedTuple):
     """One contiguous run of a tensor's elements to be drawn.
 
     Attributes:
-        out: destination, 1-D array of shape `(n,)`; its dtype only needs the item size of `table`'s.
-        table: values in the destination's dtype, shape `(2**bits,)`, already multiplied by the scale.
-        bits: random bits per element.
+        out: destination, 1-D array of shape `(n,)`; its dtype only needs the item size of the table's.
+        table: what to look up.
         key: the tensor's Philox key, shape `(2,)`, uint64.
         start: flat index of the first element.
         words: the tensor's words from the first on, dtype '<u8', where they are in memory already; None draws them.
     """
 
     out: np.ndarray[Any, Any]
-    table: np.ndarray[Any, Any]
-    bits: int
+    table: Table
     key: np.ndarray[Any, Any]
     start: int = 0
     words: np.ndarray[Any, Any] | None = None
@@ -91,16 +125,12 @@ def draw_blocks(draws: Iterable[Draw], threads: int | None = None) -> None:
         threads: defaults to `torch.get_num_threads()`. The values do not depend on it.
     """
     draws, threads = list(draws), threads or torch.get_num_threads()
-    words = sum(len(draw.out) * draw.bits for draw in draws) // 64
+    words = sum(len(draw.out) * draw.table.bits for draw in draws) // 64
     block_words = min(BLOCK_WORDS, max(SMALLEST_BLOCK_WORDS, -(-words // threads)))
-    rows_of: dict[tuple[int, bool], np.ndarray[Any, Any]] = {}  # by table, which many draws may share
     blocks = []
     for draw in draws:
-        many = len(draw.out) >= 1 << 17
-        rows = rows_of.get((id(draw.table), many))
-        if rows is None:
-            rows = rows_of[id(draw.table), many] = _rows(draw.table, draw.bits, many)
-        step = block_words * 64 // draw.bits
+        rows = draw.table.pairs if len(draw.out) >= 1 << 17 else draw.table.octets
+        step = block_words * 64 // draw.table.bits
         for at in range(0, len(draw.out), step):
             blocks.append((draw._replace(out=draw.out[at : at + step], start=draw.start + at), rows))
     _in_parallel(_draw_block, blocks, threads)
@@ -132,25 +162,8 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="hf_lottalora")
 
 
-def _rows(table: np.ndarray[Any, Any], bits: int, many: bool) -> np.ndarray[Any, Any]:
-    """What each possible index stands for: all values that one or two bytes of the stream encode, lowest bits first.
-
-    Shape `(256, 8 // bits)` or `(65536, 16 // bits)`. Two bytes at a time halve the look-ups and cost a table that is
-    made first, and that should stay in an L2 cache.
-    """
-    if bits == 16:
-        return table[:, None]
-    octet = np.arange(256)[:, None]
-    rows: np.ndarray[Any, Any] = table[(octet >> np.arange(0, 8, bits)) & ((1 << bits) - 1)]
-    if not many or (rows.nbytes << 9) > 1 << 19:
-        return rows
-    pairs = np.empty((256, 256, 2, rows.shape[1]), table.dtype)  # by high byte, low byte
-    pairs[:, :, 0], pairs[:, :, 1] = rows, rows[:, None]
-    return pairs.reshape(1 << 16, -1)
-
-
 def _draw_block(draw: Draw, rows: np.ndarray[Any, Any]) -> None:
-    out, bits, count = draw.out, draw.bits, len(draw.out)
+    out, bits, count = draw.out, draw.table.bits, len(draw.out)
     first_word, lead = divmod(draw.start, 64 // bits)
     word_count = math.ceil((lead + count) * bits / 64)
     if draw.words is None:
@@ -181,9 +194,3 @@ def _look_up(rows: np.ndarray[Any, Any], index: np.ndarray[Any, Any], out: np.nd
 def flat_bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """A NumPy view of a contiguous CPU tensor's storage as integers of the same size (bfloat16 has no NumPy dtype)."""
     return tensor.detach().view(-1).view(_SAME_SIZE_INT[tensor.element_size()]).numpy()
-
-
-def scaled_table(table: np.ndarray[Any, Any], scale: float, dtype: torch.dtype) -> np.ndarray[Any, Any]:
-    """The table as the destination holds it: one float32 multiply, one rounding to `dtype`; as same-size integers."""
-    values = torch.from_numpy(table * np.float32(scale)).to(dtype)
-    return flat_bits(values)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .draw import Draw, draw_blocks, draw_words, flat_bits, random_words, scaled_table, stream_key
+from .draw import draw_blocks, draw_words, random_words, stream_key
 from .families import get_family
 from .scaffold import ScaffoldTensor, run_starts
 
@@ -27,6 +27,7 @@ aten = torch.ops.aten
 # Values made at a time by a matrix product, 32 MiB in bfloat16. Larger matrices are multiplied in parts, which rounds
 # sums over inputs once per part.
 CHUNK = 1 << 24
+SCRATCH = 1 << 24
 
 
 class VirtualWeight(torch.Tensor):
@@ -105,11 +106,9 @@ class VirtualWeight(torch.Tensor):
         return self.dtypes[1:] if exact else self.dtypes
 
     def _draw_runs(self, starts: list[int], out: torch.Tensor) -> None:
-        spec, family, length = self.scaffold, get_family(self.scaffold.family), out.shape[1]
-        table, key = scaled_table(family.table, spec.scale, out.dtype), stream_key(spec.seed, spec.name)
+        spec, _length = self.scaffold, out.shape[1]
         words = None if self.words is None else self.words.cpu().numpy().view("<u8")
-        flat = flat_bits(out).reshape(len(starts), length)
-        draw_blocks(Draw(run, table, family.bits, key, at, words) for run, at in zip(flat, starts, strict=True))
+        draw_blocks(spec.draws(dict(zip(starts, out, strict=True)), words))
         if spec.zero_row is not None:
             width = spec.numel // spec.shape[0]
             low, high = spec.zero_row * width, (spec.zero_row + 1) * width
@@ -216,11 +215,18 @@ _LOCAL = threading.local()
 
 
 def _buffer(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Scratch of shape `(1, size)`, one per thread, so that values that are made again and again fault no new pages."""
-    held = getattr(_LOCAL, "scratch", None)
-    if held is None or held.nbytes < size * dtype.itemsize:
-        held = _LOCAL.scratch = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
-    return held[: size * dtype.itemsize].view(dtype).view(1, size)
+    """Scratch of shape `(1, size)`, one per thread, so that values that are made again and again fault no new pages.
+
+    It goes round: what was read last is in other cores' caches, and writing there would wait for each line.
+    """
+    size *= dtype.itemsize
+    scratch, at = getattr(_LOCAL, "scratch", None), getattr(_LOCAL, "at", 0)
+    if scratch is None or scratch.nbytes < size:
+        scratch, at = torch.empty(max(size, SCRATCH), dtype=torch.uint8), 0
+    if at + size > scratch.nbytes:
+        at = 0
+    _LOCAL.scratch, _LOCAL.at = scratch, -(-(at + size) // 64) * 64
+    return scratch[at : at + size].view(dtype).view(1, -1)
 
 
 # ---- operations that do not need all values at once ---------------------------------------------------------------
@@ -248,22 +254,28 @@ def _transpose(weight: VirtualWeight, one: int, other: int) -> Any:
 def _product(x: torch.Tensor, weight: VirtualWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight + bias` by chunks of the scaffold's rows: they are columns of the result, or parts of the sum."""
     rows = weight.scaffold.shape[0]
+    if not weight.transposed:
+        return _summed(x, weight, bias)
+    y = x.new_empty(len(x), rows)
+    for first, last, values in weight.row_chunks():
+        out = y[:, first:last]
+        if bias is None:
+            torch.mm(x, values.t(), out=out)
+        else:
+            torch.addmm(bias.expand(rows)[first:last], x, values.t(), out=out)
+    return y
+
+
+def _summed(x: torch.Tensor, weight: VirtualWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = weight.scaffold.shape[0]
     y: torch.Tensor | None = None
     for first, last, values in weight.row_chunks():
-        if weight.transposed:
-            part_bias = None if bias is None else bias.expand(rows)[first:last]
-            part = x @ values.t() if part_bias is None else torch.addmm(part_bias, x, values.t())
-            if last - first == rows:
-                return part
-            y = x.new_empty(len(x), rows) if y is None else y
-            y[:, first:last] = part
-        elif last - first == rows:
+        if last - first == rows:
             return x @ values if bias is None else torch.addmm(bias, x, values)
-        else:
-            part = (x[:, first:last] @ values).to(torch.promote_types(x.dtype, torch.float32))
-            y = part if y is None else y.add_(part)
+        part = (x[:, first:last] @ values).to(torch.promote_types(x.dtype, torch.float32))
+        y = part if y is None else y.add_(part)
     assert y is not None
-    return (y if weight.transposed or bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _mm(x: torch.Tensor, weight: torch.Tensor) -> Any:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
-from .draw import FORMAT_VERSION, Draw, draw_blocks, flat_bits, scaled_table, stream_key
-from .families import get_family
+from .draw import FORMAT_VERSION, Draw, Table, draw_blocks, flat_bits, stream_key
+from .families import Family, get_family
 from .matrix_families import transformed
 
 # The digest reads the first, the last and 64 evenly spaced runs of 64 elements: milliseconds, at any size.
@@ -69,7 +71,7 @@ class ScaffoldTensor:
         if not self.exact:
             return self.draw(dtype).flatten()[start:stop]
         values = torch.empty(stop - start, dtype=dtype)
-        draw_blocks([self._job(values, start)])
+        draw_blocks(self.draws({start: values}))
         if self.zero_row is not None:
             width = self.numel // self.shape[0]
             first = self.zero_row * width
@@ -85,16 +87,25 @@ class ScaffoldTensor:
         head = repr((self.name, self.shape, get_family(self.family).identity, self.zero_row)).encode()
         state = hashlib.blake2b(head, digest_size=16)
         state.update(np.float32(self.scale).astype("<f4").tobytes())
-        runs = [torch.empty(min(_RUN, self.numel)) for _ in run_starts(self.numel)]
-        draw_blocks([self._job(run, at) for run, at in zip(runs, run_starts(self.numel), strict=True)], threads=1)
-        for run in runs:
+        runs = {start: torch.empty(min(_RUN, self.numel)) for start in run_starts(self.numel)}
+        draw_blocks(self.draws(runs), threads=1)
+        for run in runs.values():
             state.update(run.numpy().astype("<f4").tobytes())
         return state.hexdigest()
 
-    def _job(self, flat: torch.Tensor, start: int = 0) -> Draw:
-        family = get_family(self.family)
-        table = scaled_table(family.table, self.scale, flat.dtype)
-        return Draw(flat_bits(flat), table, family.bits, stream_key(self.seed, self.name), start)
+    def draws(self, runs: Mapping[int, torch.Tensor], words: np.ndarray[Any, Any] | None = None) -> Iterator[Draw]:
+        """What fills one-dimensional CPU tensors with runs of this one, given by their flat starts.
+
+        The padding row is not zero yet. `words` are the tensor's, if they are in memory.
+        """
+        key = stream_key(self.seed, self.name)
+        for start, run in runs.items():
+            yield Draw(flat_bits(run), _table(get_family(self.family), self.scale, run.dtype), key, start, words)
+
+
+@lru_cache(maxsize=32)
+def _table(family: Family, scale: float, dtype: torch.dtype) -> Table:
+    return Table(family.table, scale, dtype)
 
 
 def run_starts(numel: int) -> list[int]:
@@ -110,7 +121,7 @@ def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | Non
     A destination elsewhere, or not contiguous, is drawn on the CPU and copied, one at a time: the values are the same.
     """
     direct = {s: t.detach() for s, t in targets.items() if s.exact and t.device.type == "cpu" and t.is_contiguous()}
-    draw_blocks((scaffold._job(tensor) for scaffold, tensor in direct.items()), threads)
+    draw_blocks((draw for scaffold, tensor in direct.items() for draw in scaffold.draws({0: tensor})), threads)
     for scaffold, tensor in direct.items():
         if scaffold.zero_row is not None:
             tensor[scaffold.zero_row] = 0

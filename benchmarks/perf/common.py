@@ -1,0 +1,118 @@
+"""What the performance benchmarks share: the models, one training step, and timing in pairs."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from report import environment, read_json, write_json  # noqa: F401
+
+RESULTS = Path(__file__).parents[1] / "results" / "perf"
+
+# Layers, width, heads, width of the MLP; vocabulary 32,000 tied. "base" is the setting of most figures, the others are
+# the paper's.
+SCALES = {
+    "3M": (6, 64, 4, 192),
+    "30M": (10, 384, 6, 1_024),
+    "base": (12, 768, 12, 2_048),
+    "300M": (22, 1_024, 16, 2_816),
+    "600M": (30, 1_344, 21, 3_584),
+    "900M": (34, 1_664, 26, 4_608),
+}
+VOCABULARY, RANK = 32_000, 8
+
+
+def llama_config(scale: str) -> LlamaConfig:
+    layers, width, heads, mlp = SCALES[scale]
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        tie_word_embeddings=True,
+        max_position_embeddings=4_096,
+    )
+
+
+def build(kind: str, scale: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """A model to train, r = 8 on all linear layers.
+
+    Args:
+        kind: "full", "peft" (`LoraConfig`) or "ours" (`LottaLoraConfig`).
+        scale: a key of `SCALES`.
+        dtype: of the base model; adapters are float32, as in PEFT.
+        options: of `LottaLoraConfig`; embeddings and norms are frozen unless they say otherwise, as in PEFT's LoRA.
+    """
+    if kind == "ours" and options.get("residency", "dense") != "dense":
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            base = LlamaForCausalLM._from_config(llama_config(scale), dtype=dtype)
+        base.tie_weights()
+    else:
+        base = LlamaForCausalLM._from_config(llama_config(scale), dtype=dtype)
+    if kind == "full":
+        return base
+    settings: dict[str, Any] = {"r": RANK, "target_modules": "all-linear"}
+    if kind == "peft":
+        return get_peft_model(base, LoraConfig(**settings))
+    settings |= {"seed": 42, "embeddings": "frozen", "norms": "frozen"}
+    return get_peft_model(base, hf_lottalora.LottaLoraConfig(**{**settings, **options}))
+
+
+def training_step(model: nn.Module, rows: int, tokens: int) -> Callable[[], None]:
+    """A function that makes one step with AdamW on random tokens."""
+    model.train()
+    batch = torch.randint(0, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def paired(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each candidate, one after the other in each repeat, every second time in the other order."""
+    for function in candidates.values():
+        function()  # what is made once is made now
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(repeats):
+        for name in list(candidates)[:: -1 if repeat % 2 else 1]:
+            times[name].append(seconds(candidates[name]))
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, peer: str) -> float:
+    """Median of the paired ratios."""
+    return statistics.median(a / b for a, b in zip(times[name], times[peer], strict=True))
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    """A table as Markdown, line by line."""
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
+    for row in rows:
+        yield "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row) + " |"
