@@ -120,6 +120,16 @@ def test_every_way_to_look_up_gives_the_literal_value(bits: int, dtype: torch.dt
     assert torch.equal(scaffold.draw_slice(3, count - 2, dtype), expected[3 : count - 2])
 
 
+@pytest.mark.parametrize("family", ["normal", "normal_8bit", "normal_4bit", "ternary", "binary"])
+def test_scattered_elements_are_those_of_the_whole(family: str) -> None:
+    scaffold = ScaffoldTensor("a.weight", (7000,), 3, family)
+    whole = scaffold.draw().numpy()
+    starts = [0, 1, 2, 63, 64, 65, 127, 1000, 1001, 3333, 6936]
+    table, bits = FAMILIES[family].table, FAMILIES[family].bits
+    found = draw.scattered_elements(table, bits, stream_key(3, "a.weight"), starts, 64)
+    assert np.array_equal(found, np.stack([whole[start : start + 64] for start in starts]))
+
+
 def test_order_and_neighbours_do_not_enter() -> None:
     specs = [ScaffoldTensor(f"layers.{i}.weight", (40, 30), 9) for i in range(4)]
     alone = {spec: spec.draw() for spec in specs}

@@ -16,7 +16,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -115,6 +115,29 @@ def random_words(key: np.ndarray[Any, Any], start: int, count: int) -> np.ndarra
     bit_generator = np.random.Philox(key=key, counter=[block, 0, 0, 0])
     words: np.ndarray[Any, Any] = bit_generator.random_raw(skip + count)[skip:].astype("<u8", copy=False)
     return words
+
+
+def scattered_elements(
+    table: np.ndarray[Any, Any], bits: int, key: np.ndarray[Any, Any], starts: Sequence[int], length: int
+) -> np.ndarray[Any, Any]:
+    """Short runs `[start, start + length)` of a stream's elements, shape `(len(starts), length)`, in `table`'s dtype.
+
+    For many runs of a few elements, where a `Draw` for each would mostly be overhead. `starts` are ascending.
+    """
+    per_word = 64 // bits
+    count = length // per_word + 2
+    words = np.empty((len(starts), count), np.uint64)
+    generator, at = np.random.Philox(key=key), 0  # at: the generator's next block of four words
+    for row, start in zip(words, starts, strict=True):
+        block, skip = divmod(start // per_word, 4)
+        generator.advance(block - at)  # also back: modulo 2**256
+        row[:] = generator.random_raw(skip + count)[skip:]
+        at = block + -(-(skip + count) // 4)
+    shifts = np.arange(0, 64, bits, dtype=np.uint64)
+    index = ((words[:, :, None] >> shifts) & np.uint64((1 << bits) - 1)).reshape(len(starts), -1)
+    lead = np.array([start % per_word for start in starts])[:, None]
+    elements: np.ndarray[Any, Any] = table[np.take_along_axis(index, lead + np.arange(length), axis=1)]
+    return elements
 
 
 def draw_blocks(draws: Iterable[Draw], threads: int | None = None) -> None:

@@ -56,6 +56,8 @@ class _RandomWrites(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in _RANDOM_OPS:
             self.storages.add(args[0].untyped_storage()._cdata)
+            if args[0].is_meta:
+                return args[0]  # nothing to write; torch's own way to do that takes long
         return func(*args, **(kwargs or {}))
 
 

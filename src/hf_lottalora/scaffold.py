@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .draw import FORMAT_VERSION, Draw, Table, draw_blocks, flat_bits, stream_key
+from .draw import FORMAT_VERSION, Draw, Table, draw_blocks, flat_bits, scattered_elements, stream_key
 from .families import Family, get_family
 from .matrix_families import transformed
 
@@ -87,10 +87,10 @@ class ScaffoldTensor:
         head = repr((self.name, self.shape, get_family(self.family).identity, self.zero_row)).encode()
         state = hashlib.blake2b(head, digest_size=16)
         state.update(np.float32(self.scale).astype("<f4").tobytes())
-        runs = {start: torch.empty(min(_RUN, self.numel)) for start in run_starts(self.numel)}
-        draw_blocks(self.draws(runs), threads=1)
-        for run in runs.values():
-            state.update(run.numpy().astype("<f4").tobytes())
+        family, key = get_family(self.family), stream_key(self.seed, self.name)
+        table = family.table * np.float32(self.scale)
+        runs = scattered_elements(table, family.bits, key, run_starts(self.numel), min(_RUN, self.numel))
+        state.update(runs.astype("<f4").tobytes())
         return state.hexdigest()
 
     def draws(self, runs: Mapping[int, torch.Tensor], words: np.ndarray[Any, Any] | None = None) -> Iterator[Draw]:
