@@ -33,6 +33,8 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
 class ScaledLinear(torch.autograd.Function):
     """`beta * x W^T + scaling * (x A^T) B^T + bias`, keeping only x for backward. `A = B = None` leaves them out."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: torch.Tensor,
@@ -47,12 +49,11 @@ class ScaledLinear(torch.autograd.Function):
         dtype = x.dtype
         with without_autocast(x):
             x_NI = x.reshape(-1, x.shape[-1])
-            y_NO = F.linear(x_NI, _as_OI(weight, weight_is_IO, dtype))
-            y_NO.mul_(beta)
+            y_NO = _times(F.linear(x_NI, _as_OI(weight, weight_is_IO, dtype)), beta)
             if A is not None and B is not None:
-                y_NO.addmm_(F.linear(x_NI, A.to(dtype)), B.to(dtype).t(), alpha=scaling)
+                y_NO = _plus_product(y_NO, F.linear(x_NI, A.to(dtype)), B.to(dtype).t(), scaling)
             if bias is not None:
-                y_NO.add_(bias)
+                y_NO = y_NO + bias.to(dtype) if _transformed() else y_NO.add_(bias)
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
@@ -78,12 +79,11 @@ class ScaledLinear(torch.autograd.Function):
                 exact = torch.promote_types(dtype, torch.float32)
                 dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
             if need_x:
-                # In place, unless autograd records this backward for a second derivative.
-                dx = dx * beta.to(dtype) if torch.is_grad_enabled() else dx.mul_(beta)
+                dx = _times(dx, beta)
             if A is not None and B is not None:
                 gB_Nr = g_NO @ B.to(dtype)
                 if need_x:
-                    dx.addmm_(gB_Nr, A.to(dtype), alpha=scaling)
+                    dx = _plus_product(dx, gB_Nr, A.to(dtype), scaling)
                 if need_A:
                     dA = (scaling * (gB_Nr.t() @ x_NI)).to(A.dtype)
                 if need_B:
@@ -99,6 +99,8 @@ class ScaledLinear(torch.autograd.Function):
 
 class ScaledEmbedding(torch.autograd.Function):
     """`beta * E(ids)` without keeping E(ids), which is looked up again for beta's gradient."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(beta: torch.Tensor, ids: torch.Tensor, embed: nn.Module) -> torch.Tensor:
@@ -121,6 +123,8 @@ class ScaledEmbedding(torch.autograd.Function):
 class ScaledConv(torch.autograd.Function):
     """`beta * conv(x, W)` for x `(N, I, ...)`, keeping only x: d beta = <g, conv(x, W)> = <conv^T(g, W), x>."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: torch.Tensor,
@@ -134,7 +138,7 @@ class ScaledConv(torch.autograd.Function):
         with without_autocast(x):
             none = (0,) * len(stride)
             y = torch.convolution(x, _cast(weight, x.dtype), None, stride, padding, dilation, False, none, groups)
-            return y.mul_(beta)
+            return _times(y, beta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -164,9 +168,22 @@ class ScaledConv(torch.autograd.Function):
             if need_beta:
                 exact = torch.promote_types(x.dtype, torch.float32)
                 dbeta = (dx * x).sum(dtype=exact).to(beta.dtype).reshape(1)
-            dx = dx * beta.to(dx.dtype) if need_x else None
+            dx = _times(dx, beta) if need_x else None
             dweight = (dweight * beta).to(weight.dtype) if need_weight else None
         return dx, dweight, dbeta, None, None, None, None
+
+
+def _transformed() -> bool:
+    """Whether values must not be overwritten: autograd records a second derivative, or `torch.func` transforms."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def _times(y: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    return y * beta.to(y.dtype) if _transformed() else y.mul_(beta)
+
+
+def _plus_product(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    return y + scaling * (left @ right) if _transformed() else y.addmm_(left, right, alpha=scaling)
 
 
 def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
