@@ -227,6 +227,50 @@ def test_packed_binary_takes_a_sixteenth_of_bfloat16() -> None:
         assert 16 * weight.words.nbytes == 2 * weight.numel()
 
 
+@pytest.mark.parametrize("family", ["binary", "ternary"])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_int4_kernel(family: str, dtype: torch.dtype, rows: int) -> None:
+    dense, virtual = pair("int4", dtype, shape=(48, 96), family=family, zero_row=5)
+    assert virtual.residency == "int4" and virtual.codes.nbytes == dense.numel() // 2
+    assert torch.equal(virtual.dense(), dense)
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    bias = torch.arange(48).to(dtype)
+    results = []
+    for weight in (dense, virtual):
+        y = F.linear(x, weight, bias)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == dtype and (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_int4_model() -> None:
+    dense = get_peft_model(llama(), config(embeddings="frozen", family="binary"))
+    model = get_peft_model(llama(), config(embeddings="frozen", family="binary", residency="int4"))
+    perturb(dense)
+    perturb(model)
+    held = [p.residency for p in model.parameters() if isinstance(p, VirtualWeight)]
+    # 99 rows of the embedding are not 16 n, and 48 inputs of down_proj not 32 n.
+    assert held.count("int4") == 12 and held.count("packed") == 3
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(logits(each), logits(dense), rtol=1e-4, atol=1e-5)
+        each.verify_scaffold(full=True)
+    with model.scaffold_seed(43), dense.scaffold_seed(43):
+        torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    with model.scaffold_off(), dense.scaffold_off():
+        torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    model.set_residency("dense")
+    assert torch.equal(logits(model), logits(dense))
+
+
+def test_int4_is_for_three_values() -> None:
+    with pytest.raises(ValueError, match="residency='int4' is for weights of at most three values .* not 'normal'"):
+        config(residency="int4")
+    model = get_peft_model(llama(), config(family="binary", family_pattern={"q_proj": "normal_4bit"}))
+    with pytest.raises(ValueError, match="not 'normal_4bit'. Use 'packed'"):
+        model.set_residency("int4")
+
+
 def test_changed_words_are_found() -> None:
     model = get_peft_model(llama(), config(residency="packed"))
     weight = next(p for p in model.parameters() if isinstance(p, VirtualWeight))

@@ -66,11 +66,11 @@ class _AutoLottaLora:
                 "attn_implementation and residency it takes subfolder, "
                 f"{', '.join(HUB_OPTIONS)}."
             )
-        residency = residency if residency is None else check_residency(residency)
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
         if not isinstance(config, LottaLoraConfig):
             raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")
-        config.residency = residency or config.residency
+        families = {config.family, *config.family_pattern.values()}
+        config.residency = check_residency(residency or config.residency, families)
         file = locate(path, "config.json", **hub_kwargs)
         if file is None:
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import nn
 from .checkpoint import PREFIX
 from .layer import ScaffoldLayer
 from .plan import Plan, PlannedTensor
-from .residency import Residency, VirtualWeight, pack, resident
+from .residency import Residency, VirtualWeight, resident
 from .scaffold import ScaffoldTensor, draw_into, run_starts, sampled_digest
 from .survey import clean_modules, owner_of
 from .trained import TrainedTensors
@@ -109,7 +109,7 @@ class BaseTensors:
                 if isinstance(live, VirtualWeight):
                     _replace(self.model, tensor, live.dense())
             elif isinstance(live, VirtualWeight):
-                live.words = pack(live.scaffold, live.device) if residency == "packed" else None
+                live.hold(residency)
             elif can_be_virtual(self.model, tensor):
                 assert isinstance(tensor.base, ScaffoldTensor)
                 _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))

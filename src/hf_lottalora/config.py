@@ -15,7 +15,7 @@ from peft.utils import PeftType
 from .artifact import check_artifact_files, check_not_pickled, complete_artifact
 from .draw import FORMAT_VERSION, GENERATOR, check_seed
 from .families import get_family
-from .residency import Residency
+from .residency import Residency, check_residency
 from .scales import SCALE_RULES
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ class LottaLoraConfig(LoraConfig):
         default="dense",
         metadata={
             "help": "Where the frozen scaffold is: 'dense' in memory, 'packed' as its random words, k bits a weight, "
+            "'int4' as codes of torch's int4 kernel on CPUs (binary and ternary families, fastest decoding), "
             "'streamed' nowhere: drawn at each use. The values are the same to the bit; "
             "`model.set_residency(...)` switches. The first adapter's counts."
         },
@@ -224,6 +225,7 @@ class LottaLoraConfig(LoraConfig):
             self.scale = get_family(self.family).scale_rule
         self._check_choices()
         self._check_patterns()
+        check_residency(self.residency, {self.family, *self.family_pattern.values()})
         self._check_rank()
         extras = [name for name in ("use_dora", "layer_norm", "residual") if getattr(self, name)]
         if extras and self.embeddings == "lora":
@@ -260,7 +262,6 @@ class LottaLoraConfig(LoraConfig):
             ("embeddings", get_args(Embeddings)),
             ("head", (*get_args(Head), None)),
             ("norms", get_args(TrainOrFrozen)),
-            ("residency", get_args(Residency)),
             ("dora_magnitude", get_args(Magnitude)),
             ("biases", get_args(TrainOrFrozen)),
         ):

@@ -29,11 +29,13 @@ class Merging:
         """Hold the frozen scaffold in memory, packed or not at all; what the model computes stays the same.
 
         Args:
-            residency: "dense" (values in the model's dtype), "packed" (k random bits per weight), or "streamed"
-                (nothing; each weight is drawn when it is used, forward and again backward).
+            residency: "dense" (values in the model's dtype), "packed" (k random bits per weight), "int4" (binary and
+                ternary scaffolds on a CPU: 4 bits per weight for torch's int4 kernel, which decodes fastest; matrices
+                whose shape it does not take are packed), or "streamed" (nothing; each weight is drawn when it is used,
+                forward and again backward).
 
         Raises:
-            ValueError: it is none of these, or adapters are merged, which needs "dense".
+            ValueError: it is none of these, the family is not for it, or adapters are merged, which needs "dense".
 
         Example:
             >>> import torch
@@ -45,7 +47,7 @@ class Merging:
             >>> model.residency
             'streamed'
         """
-        residency = check_residency(residency)
+        residency = check_residency(residency, {spec.family for spec in self.first_plan.scaffold.values()})
         if residency != "dense" and self._merged():
             raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
         self.base.set_residency(self.first_plan, residency)

@@ -1,4 +1,4 @@
-"""Where a scaffold weight lives: dense in memory, packed as its random words, or nowhere ("streamed").
+"""Where a scaffold weight lives: dense in memory, packed as its random words, as int4 codes, or nowhere ("streamed").
 
 A packed or streamed weight is a tensor without storage. It has shape, dtype and device, modules hold it as their
 `weight`, autograd saves it; only an operation that reads its values makes them, for as long as it runs. The values are
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,9 +19,10 @@ from torch import nn
 
 from .draw import draw_blocks, draw_words, random_words, stream_key
 from .families import get_family
+from .int4 import INT4_DTYPES, MOST_ROWS, fits_kernel, int4_codes, int4_product, is_ternary
 from .scaffold import ScaffoldTensor, run_starts
 
-Residency = Literal["dense", "packed", "streamed"]
+Residency = Literal["dense", "packed", "int4", "streamed"]
 
 aten = torch.ops.aten
 
@@ -38,12 +40,14 @@ class VirtualWeight(torch.Tensor):
     Attributes:
         scaffold: what it is.
         words: its random words, uint8 of shape `(bytes,)`; None draws them at each use.
+        codes: of the int4 kernel, for products of a few rows; everything else draws.
         dtypes: the dtype it was drawn in, and those it was cast to since; casts round like those of a dense tensor.
         transposed: whether this is the transpose of the (two-dimensional) scaffold tensor.
     """
 
     scaffold: ScaffoldTensor
     words: torch.Tensor | None
+    codes: torch.Tensor | None
     dtypes: tuple[torch.dtype, ...]
     transposed: bool
 
@@ -55,32 +59,40 @@ class VirtualWeight(torch.Tensor):
         dtypes: tuple[torch.dtype, ...],
         device: torch.device | str = "cpu",
         transposed: bool = False,
+        codes: torch.Tensor | None = None,
     ) -> VirtualWeight:
         """See the attributes; `device` is where values are made."""
         shape = scaffold.shape[::-1] if transposed else scaffold.shape
         weight: VirtualWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtypes[-1], device=torch.device(device)
         )
-        weight.scaffold, weight.words, weight.dtypes, weight.transposed = scaffold, words, dtypes, transposed
+        weight.scaffold, weight.words, weight.codes = scaffold, words, codes
+        weight.dtypes, weight.transposed = dtypes, transposed
         return weight
 
     def _like(self, **changes: Any) -> VirtualWeight:
         """Another handle on the same weight."""
-        entries = {name: getattr(self, name) for name in ("scaffold", "words", "dtypes", "device", "transposed")}
-        return VirtualWeight(**{**entries, **changes})
+        names = ("scaffold", "words", "dtypes", "device", "transposed", "codes")
+        return VirtualWeight(**{**{name: getattr(self, name) for name in names}, **changes})
 
     @property
     def residency(self) -> Residency:
-        """Either "packed" or "streamed"."""
-        return "streamed" if self.words is None else "packed"
+        """Any but "dense"."""
+        return "int4" if self.codes is not None else "streamed" if self.words is None else "packed"
 
     def assign(self, scaffold: ScaffoldTensor) -> None:
         """Become another scaffold tensor of the same shape, in place."""
-        self.words = None if self.words is None else pack(scaffold, self.device)
-        self.scaffold = scaffold
+        held = _held(scaffold, self.residency, self.device)
+        self.scaffold, self.words, self.codes = scaffold, *held
+
+    def hold(self, residency: Residency) -> None:
+        """Change how it is held, in place; not to "dense"."""
+        self.words, self.codes = _held(self.scaffold, residency, self.device)
 
     def holds(self, scaffold: ScaffoldTensor, full: bool) -> bool:
         """Whether it is this scaffold tensor; looks at sampled words in memory, or with `full` at each."""
+        if self.codes is not None and full:
+            return self.scaffold == scaffold and torch.equal(self.codes, int4_codes(scaffold))
         if self.scaffold != scaffold or self.words is None:
             return self.scaffold == scaffold
         words, key = self.words.cpu().numpy().view("<u8"), stream_key(scaffold.seed, scaffold.name)
@@ -114,6 +126,10 @@ class VirtualWeight(torch.Tensor):
             low, high = spec.zero_row * width, (spec.zero_row + 1) * width
             for run, at in zip(out, starts, strict=True):
                 run[max(0, low - at) : max(0, high - at)] = 0
+
+    def largest(self) -> float:
+        """The largest value that the family has at this scale, in the dtype."""
+        return _largest(self.scaffold.family, self.scaffold.scale, self._casts)
 
     def dense(self) -> torch.Tensor:
         """The values as an ordinary tensor."""
@@ -156,25 +172,25 @@ class VirtualWeight(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         context = (self.scaffold, self.dtypes, self.device, self.transposed)
-        return ([] if self.words is None else ["words"]), context
+        return [name for name in ("words", "codes") if getattr(self, name) is not None], context
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> VirtualWeight:
         scaffold, dtypes, device, transposed = context
-        return VirtualWeight(scaffold, inner.get("words"), dtypes, device, transposed)
+        return VirtualWeight(scaffold, inner.get("words"), dtypes, device, transposed, inner.get("codes"))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VirtualWeight({self.scaffold}, residency={self.residency!r}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            words = None if self.words is None else self.words.clone()
-            copied = self._like(words=words)
+            words, codes = (None if held is None else held.clone() for held in (self.words, self.codes))
+            copied = self._like(words=words, codes=codes)
             memo[id(self)] = nn.Parameter(copied, False) if isinstance(self, nn.Parameter) else copied
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        parts = (self.scaffold, self.words, self.dtypes, self.device, self.transposed)
+        parts = (self.scaffold, self.words, self.dtypes, self.device, self.transposed, self.codes)
         return _rebuilt, (*parts, isinstance(self, nn.Parameter))
 
 
@@ -194,21 +210,47 @@ def pack(scaffold: ScaffoldTensor, device: torch.device | str = "cpu") -> torch.
 def resident(
     scaffold: ScaffoldTensor, residency: Residency, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """The tensor in one of the three forms, shape `scaffold.shape`."""
+    """The tensor in one of these forms, shape `scaffold.shape`."""
     if residency == "dense":
         return scaffold.draw(dtype, device)
-    return VirtualWeight(scaffold, pack(scaffold, device) if residency == "packed" else None, (dtype,), device)
+    words, codes = _held(scaffold, residency, device)
+    return VirtualWeight(scaffold, words, (dtype,), device, codes=codes)
 
 
-def check_residency(residency: object) -> Residency:
+def _held(
+    scaffold: ScaffoldTensor, residency: Residency, device: torch.device | str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Words and codes that a weight holds."""
+    if residency == "int4" and fits_kernel(scaffold) and is_ternary(scaffold.family):
+        if torch.device(device).type != "cpu":
+            raise ValueError("residency='int4' is for CPUs. Call set_residency('packed') before moving the model.")
+        return None, int4_codes(scaffold)
+    return (None if residency == "streamed" else pack(scaffold, device)), None
+
+
+def check_residency(residency: object, families: Iterable[str] = ()) -> Residency:
     """Return it.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or a scaffold of one of these families cannot be held so.
     """
     if residency not in get_args(Residency):
         raise ValueError(f"residency must be one of {list(get_args(Residency))}, got {residency!r}.")
+    other = sorted({family for family in families if residency == "int4" and not is_ternary(family)})
+    if other:
+        raise ValueError(
+            f"residency='int4' is for weights of at most three values -a, 0 and a, such as family 'binary' or "
+            f"'ternary', not {', '.join(map(repr, other))}. Use 'packed'."
+        )
     return residency  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=32)
+def _largest(family: str, scale: float, casts: tuple[torch.dtype, ...]) -> float:
+    value = torch.tensor(get_family(family).table.max() * np.float32(scale))
+    for dtype in casts:
+        value = value.to(dtype)
+    return value.item()
 
 
 _LOCAL = threading.local()
@@ -239,8 +281,10 @@ def _same(weight: VirtualWeight, *args: Any, **kwargs: Any) -> VirtualWeight:
 def _to_copy(weight: VirtualWeight, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> VirtualWeight:
     device = weight.device if device is None else torch.device(device)
     dtypes = weight.dtypes if dtype in (None, weight.dtype) else (*weight.dtypes, dtype)
-    words = None if weight.words is None else weight.words.to(device)
-    return weight._like(device=device, dtypes=dtypes, words=words)
+    words, codes = (
+        (weight.words, weight.codes) if device == weight.device else _held(weight.scaffold, weight.residency, device)
+    )
+    return weight._like(device=device, dtypes=dtypes, words=words, codes=codes)
 
 
 def _t(weight: VirtualWeight) -> VirtualWeight:
@@ -256,6 +300,9 @@ def _product(x: torch.Tensor, weight: VirtualWeight, bias: torch.Tensor | None =
     rows = weight.scaffold.shape[0]
     if not weight.transposed:
         return _summed(x, weight, bias)
+    if weight.codes is not None and len(x) <= MOST_ROWS and x.dtype in INT4_DTYPES:
+        y = int4_product(x, weight.codes, weight.largest())
+        return y if bias is None else y + bias
     y = x.new_empty(len(x), rows)
     for first, last, values in weight.row_chunks():
         out = y[:, first:last]
