@@ -74,7 +74,7 @@ def build(kind: str, scale: str, dtype: torch.dtype, **options: Any) -> nn.Modul
 
 
 def training_step(model: nn.Module, rows: int, tokens: int) -> Callable[[], None]:
-    """A function that makes one step with AdamW on random tokens."""
+    """A function that makes one step with AdamW on random tokens, below 32,000."""
     model.train()
     batch = torch.randint(0, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(0))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -92,6 +92,12 @@ def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def memory(field: str) -> int:
+    """Bytes of this process by Linux: "VmRSS" resident now, "VmHWM" resident at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def paired(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

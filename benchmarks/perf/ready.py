@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, build, environment, markdown, ratio, read_json, write_json
+from common import RESULTS, SCALES, build, environment, markdown, memory, ratio, read_json, write_json
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -81,12 +81,6 @@ def forget(folder: Path) -> None:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def memory(field: str) -> int:
-    """Bytes from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def measure(way: str, scale: str, folder: Path) -> dict[str, float]:
