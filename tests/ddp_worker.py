@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,12 @@ from hf_lottalora import LottaLoraConfig, RanksAgreeCallback, check_ranks_agree
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
-def build(seed: int) -> torch.nn.Module:
+def build(seed: int, **options: Any) -> torch.nn.Module:
     torch.manual_seed(dist.get_rank())  # ranks need not agree on anything but the config
     config = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return get_peft_model(BertForSequenceClassification(config), LottaLoraConfig(seed=seed, r=2, task_type="SEQ_CLS"))
+    return get_peft_model(
+        BertForSequenceClassification(config), LottaLoraConfig(seed=seed, r=2, task_type="SEQ_CLS", **options)
+    )
 
 
 def equal_on_all_ranks(tensor: torch.Tensor) -> bool:
@@ -66,6 +69,19 @@ def main() -> None:
         optimizer.zero_grad()
     assert all(equal_on_all_ranks(parameter) for parameter in parameters.values())
     model.base_model.verify_scaffold(full=True)
+
+    # A scaffold that is not in memory: ranks train the same adapters as over a dense one.
+    trained = []
+    for residency in ("dense", "packed", "streamed"):
+        model_too = build(seed=7, embeddings="frozen", residency=residency)
+        parallel = DistributedDataParallel(model_too)
+        parallel(input_ids=ids, labels=torch.tensor([rank, 1, 0])).loss.backward()
+        trained.append({name: p.grad for name, p in model_too.named_parameters() if p.requires_grad})
+        check_ranks_agree(model_too)
+        del parallel
+    for other in trained[1:]:
+        assert other.keys() == trained[0].keys()
+        assert all(torch.equal(gradient, trained[0][name]) for name, gradient in other.items())
 
     # Another seed on rank 1 is noticed on every rank, also behind the wrapper.
     other = build(seed=7 + rank)

@@ -94,7 +94,8 @@ def test_rows_of_a_table(mode: str) -> None:
 
 def test_nothing_writes_to_it(mode: str) -> None:
     _, virtual = pair(mode)
-    for write in (lambda: virtual.zero_(), lambda: virtual.mul_(2), lambda: virtual.copy_(torch.ones(24, 40))):
+    writes = [lambda: virtual.zero_(), lambda: virtual.mul_(2), lambda: virtual.copy_(torch.ones(24, 40))]
+    for write in [*writes, lambda: virtual.__setitem__(0, 1.0)]:
         with pytest.raises(RuntimeError, match=r"would write to a scaffold weight that is not in memory. Call set_res"):
             write()
 

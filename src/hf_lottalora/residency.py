@@ -32,6 +32,9 @@ CHUNK = 1 << 24
 SCRATCH = 1 << 24
 
 
+_UNWRITABLE = "{} would write to a scaffold weight that is not in memory. Call set_residency('dense') first."
+
+
 class VirtualWeight(torch.Tensor):
     """A drawn weight whose values are made when they are read.
 
@@ -164,9 +167,7 @@ class VirtualWeight(torch.Tensor):
         names = [a.name for a in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if any(isinstance(given.get(name), VirtualWeight) for name in written):
-            raise RuntimeError(
-                f"{func} would write to a scaffold weight that is not in memory. Call set_residency('dense') first."
-            )
+            raise RuntimeError(_UNWRITABLE.format(func))
         args, kwargs = torch.utils._pytree.tree_map_only(VirtualWeight, VirtualWeight.dense, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -181,6 +182,9 @@ class VirtualWeight(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VirtualWeight({self.scaffold}, residency={self.residency!r}, dtype={self.dtype})"
+
+    def __setitem__(self, *args: Any) -> None:
+        raise RuntimeError(_UNWRITABLE.format("Assigning to an index"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
