@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_lottalora import AutoLottaLoraModelForCausalLM, ScaffoldTensor, residency
+from hf_lottalora import AutoLottaLoraModelForCausalLM, ScaffoldTensor, beta_report, cost_report, residency
 from hf_lottalora.residency import VirtualWeight, resident
 
 FAMILIES = ["normal", "normal_8bit", "normal_4bit", "ternary", "binary"]
@@ -270,6 +270,18 @@ def test_int4_is_for_three_values() -> None:
     model = get_peft_model(llama(), config(family="binary", family_pattern={"q_proj": "normal_4bit"}))
     with pytest.raises(ValueError, match="not 'normal_4bit'. Use 'packed'"):
         model.set_residency("int4")
+
+
+def test_reports_and_refusals(mode: str) -> None:
+    dense = get_peft_model(llama(), config(embeddings="frozen"))
+    model = get_peft_model(llama(), config(embeddings="frozen", residency=mode))
+    batch = {"input_ids": ids(), "labels": ids()}
+    assert str(cost_report(model, batch)) == str(cost_report(dense, batch))
+    assert str(beta_report(model)) == str(beta_report(dense))
+    model.share_memory()
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="torch.compile needs a scaffold in memory"):
+        torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids())
 
 
 def test_changed_words_are_found() -> None:

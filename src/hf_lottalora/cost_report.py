@@ -155,7 +155,9 @@ def _counted(model: PeftModel, batch: Mapping[str, Any], full: bool) -> int:
     for name, parameter in named.items():
         wanted = ("lora_" not in name) if full else parameter.requires_grad
         if id(parameter) not in twins:
-            twins[id(parameter)] = fake.from_tensor(parameter.detach()).requires_grad_(wanted)
+            with fake:  # made anew: a weight that is not in memory cannot be copied
+                twin = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            twins[id(parameter)] = twin.requires_grad_(wanted)
         state[name] = twins[id(parameter)]
     state.update({name: fake.from_tensor(buffer) for name, buffer in base.named_buffers()})
     inputs = {k: fake.from_tensor(value) if isinstance(value, torch.Tensor) else value for k, value in batch.items()}

@@ -220,6 +220,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self.residency != "dense" and torch.compiler.is_compiling():
+            raise RuntimeError("torch.compile needs a scaffold in memory. Call set_residency('dense') first.")
         names = set(kwargs.get("adapter_names") or ())
         owners = sorted(name for name in {*names, self.trained.installed} if self.trained.planned.get(name or ""))
         if names and owners:

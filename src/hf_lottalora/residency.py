@@ -183,6 +183,13 @@ class VirtualWeight(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VirtualWeight({self.scaffold}, residency={self.residency!r}, dtype={self.dtype})"
 
+    def share_memory_(self) -> VirtualWeight:
+        """As a tensor's, of what there is in memory."""
+        for held in (self.words, self.codes):
+            if held is not None:
+                held.share_memory_()
+        return self
+
     def __setitem__(self, *args: Any) -> None:
         raise RuntimeError(_UNWRITABLE.format("Assigning to an index"))
 
