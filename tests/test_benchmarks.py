@@ -20,21 +20,46 @@ COMMANDS = {
 }
 NOT_HERE = {"backward_bytes.py", "draw.py", "paper_sizes.py"}  # no --quick: they train nothing
 NOT_HERE |= {"sst2.py"}  # takes minutes even so
-HELPERS = {"cli.py", "jobs.py", "report.py"}
+HELPERS = {"cli.py", "jobs.py", "report.py", "tables.py"}
+PERFORMANCE = {
+    "step.py": ["--scale", "3M", "--repeats", "1", "--tokens", "8"],
+    "decode.py": ["--scale", "3M", "--repeats", "1"],
+    "ready.py": ["--scale", "3M", "--repeats", "1", "--ways", "artifact, packed", "checkpoint, cold"],
+    "large.py": ["--layers", "1", "--tokens", "8"],
+}
 
 
 def test_every_benchmark_is_listed() -> None:
     assert {path.name for path in FOLDER.glob("*.py")} == {*COMMANDS} | NOT_HERE | HELPERS
+    assert {path.name for path in (FOLDER / "perf").glob("*.py")} == {*PERFORMANCE, "common.py"}
 
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_quick_run_shows_a_table_and_writes_nothing(script: str) -> None:
-    before = {path: path.read_bytes() for path in (FOLDER / "results").iterdir()}
+    before = results()
     command = [sys.executable, script, "--quick", "--data_dir", str(data_dir()), *COMMANDS[script]]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "|---" in done.stdout or "r* =" in done.stdout or "none of these ranks" in done.stdout
-    assert {path: path.read_bytes() for path in (FOLDER / "results").iterdir()} == before
+    assert results() == before
+
+
+def results() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (FOLDER / "results").rglob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script", PERFORMANCE)
+def test_performance_benchmarks_run(script: str, tmp_path: Path) -> None:
+    before, output = results(), tmp_path / "found.json"
+    command = [sys.executable, f"perf/{script}", "--output", str(output), *PERFORMANCE[script]]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "|---" in done.stdout and output.stat().st_size > 500 and results() == before
+
+
+def test_the_page_of_results_is_that_of_the_files() -> None:
+    done = subprocess.run([sys.executable, "tables.py", "--check"], cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_and_missing_data() -> None:
