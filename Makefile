@@ -75,8 +75,14 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/cifar10.py
 	$(PY) benchmarks/sst2.py
 	$(PY) benchmarks/paper_sizes.py
-	$(PY) benchmarks/backward_bytes.py
-	$(PY) benchmarks/draw.py
+	$(PY) benchmarks/perf/backward_bytes.py
+	$(PY) benchmarks/perf/draw.py
+	$(PY) benchmarks/perf/draw.py --scale 900M
+	$(PY) benchmarks/perf/step.py
+	$(PY) benchmarks/perf/ready.py
+	$(PY) benchmarks/perf/decode.py
+	$(PY) benchmarks/perf/large.py
+	$(PY) benchmarks/tables.py
 
 clean: ## remove the environments, caches and outputs
 	rm -rf .venv $(OLDEST_VENV) build dist out src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

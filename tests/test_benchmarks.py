@@ -18,10 +18,12 @@ COMMANDS = {
     "physionet.py": [],
     "cifar10.py": ["--ways", "full", "r=1 DoRA by input"],
 }
-NOT_HERE = {"backward_bytes.py", "draw.py", "paper_sizes.py"}  # no --quick: they train nothing
+NOT_HERE = {"paper_sizes.py"}  # no --quick: it trains nothing
 NOT_HERE |= {"sst2.py"}  # takes minutes even so
 HELPERS = {"cli.py", "jobs.py", "report.py", "tables.py"}
 PERFORMANCE = {
+    "backward_bytes.py": ["--scale", "3M"],
+    "draw.py": ["--scale", "3M", "--repeats", "1"],
     "step.py": ["--scale", "3M", "--repeats", "1", "--tokens", "8"],
     "decode.py": ["--scale", "3M", "--repeats", "1"],
     "ready.py": ["--scale", "3M", "--repeats", "1", "--ways", "artifact, packed", "checkpoint, cold"],

@@ -25,7 +25,7 @@ def test_files_named_in_the_readme_exist() -> None:
     root = Path(__file__).parents[1]
     for name in re.findall(r"`(\w+\.py)`", README):
         assert list((root / "src").rglob(name)) or list((root / "examples").rglob(name)) or name == "run_glue.py", name
-    for path in re.findall(r"(?:python|torchrun[^`]*?) ((?:benchmarks|examples)/\w+\.py)", README):
+    for path in re.findall(r"(?:python|torchrun[^`]*?) ((?:benchmarks|examples)/[\w/]+\.py)", README):
         assert (root / path).is_file(), path
 
 

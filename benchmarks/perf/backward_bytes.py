@@ -3,7 +3,7 @@
 Three models in one run: ours, PEFT's `LoraConfig`, and beta written the naive way (`beta * (W x) + ...`, which keeps
 W x). Every saved storage is counted once; parameters are not counted.
 
-    python benchmarks/backward_bytes.py
+    python benchmarks/perf/backward_bytes.py
 """
 
 from __future__ import annotations
@@ -12,28 +12,15 @@ import argparse
 from typing import Any
 
 import torch
+from common import RANK, RESULTS, SCALES, environment, llama_config, write_json
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
-from report import environment, write_json
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_lottalora import LottaLoraConfig
 
 TARGETS = {"all linear layers": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-
-
-def llama(dtype: torch.dtype) -> LlamaForCausalLM:
-    """12 layers, d = 768, MLP 2,048, vocabulary 32,000 tied."""
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=768,
-        intermediate_size=2_048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(dtype)
 
 
 def saved_bytes(model: nn.Module, batch: torch.Tensor) -> int:
@@ -69,13 +56,14 @@ class NaiveBeta(nn.Module):
         return (self.beta * layer.base_layer(x) + low_rank).to(x.dtype)
 
 
-def build(kind: str, targets: Any, dtype: torch.dtype, trained: bool) -> nn.Module:
+def build(kind: str, targets: Any, dtype: torch.dtype, trained: bool, scale: str) -> nn.Module:
+    base = LlamaForCausalLM._from_config(llama_config(scale), dtype=dtype)
     if kind == "lottalora":
         state = "train" if trained else "frozen"
-        config = LottaLoraConfig(seed=42, r=8, target_modules=targets, embeddings=state, norms=state)
-        model = get_peft_model(llama(dtype), config)
+        config = LottaLoraConfig(seed=42, r=RANK, target_modules=targets, embeddings=state, norms=state)
+        model = get_peft_model(base, config)
     else:
-        model = get_peft_model(llama(dtype), LoraConfig(r=8, target_modules=targets))
+        model = get_peft_model(base, LoraConfig(r=RANK, target_modules=targets))
         for name, parameter in model.named_parameters():
             if trained and ("norm" in name or "embed_tokens" in name):
                 parameter.requires_grad_(True)
@@ -91,7 +79,8 @@ def build(kind: str, targets: Any, dtype: torch.dtype, trained: bool) -> nn.Modu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="benchmarks/results/backward_bytes.json", help="JSON file to write")
+    parser.add_argument("--output", default=RESULTS / "backward_bytes.json", help="JSON file to write")
+    parser.add_argument("--scale", choices=SCALES, default="base", help="default: base")
     arguments = parser.parse_args()
     batch = torch.randint(0, 32_000, (4, 128), generator=torch.Generator().manual_seed(0))
     rows = []
@@ -101,7 +90,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for trained in (False, True):
                 found = {
-                    kind: saved_bytes(build(kind, targets, dtype, trained), batch)
+                    kind: saved_bytes(build(kind, targets, dtype, trained, arguments.scale), batch)
                     for kind in ("lottalora", "peft lora", "naive beta")
                 }
                 ratio, naive = (found[kind] / found["peft lora"] for kind in ("lottalora", "naive beta"))
@@ -112,7 +101,9 @@ def main() -> None:
                     f"| {found['lottalora'] / 2**20:.1f} | {found['peft lora'] / 2**20:.1f} "
                     f"| {ratio:.3f} | {naive:.3f} |"
                 )
-    write_json(arguments.output, {"environment": environment(), "batch": [4, 128], "rows": rows})
+    write_json(
+        arguments.output, {"environment": environment(), "scale": arguments.scale, "batch": [4, 128], "rows": rows}
+    )
 
 
 if __name__ == "__main__":
