@@ -299,3 +299,86 @@ def test_unknown_values_are_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match="residency must be one of .* got 'nowhere'"):
         model.set_residency("nowhere")
     assert model.residency == "dense"
+
+
+def test_another_adapters_trained_tensors_stay(mode: str) -> None:
+    models = []
+    for held in ("dense", mode):
+        model = get_peft_model(llama(), config(embeddings="frozen", residency=held))
+        model.add_adapter("b", config(embeddings="train", adapter_seed=77))
+        model.set_adapter("b")
+        models.append(model)
+    dense, model = models
+    assert torch.equal(logits(model), logits(dense))
+    assert not any(isinstance(p, VirtualWeight) for p in model.parameters() if p.requires_grad)
+    perturb(dense)
+    perturb(model)
+    expected = logits(dense)
+    for step in ("dense", mode, "packed", mode):
+        model.set_residency(step)
+        assert torch.equal(logits(model), expected)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+    for each in models:
+        each.set_adapter("default")
+    assert torch.equal(logits(model), logits(dense))
+
+
+def test_backward_over_a_scaffold_that_changed(mode: str) -> None:
+    model = get_peft_model(llama(), config(residency=mode))
+    loss = model(input_ids=ids()).logits.square().mean()
+    model.set_scaffold_seed(7)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_casts_have_lost_is_noticed(mode: str) -> None:
+    model = get_peft_model(llama(), config(embeddings="frozen", residency=mode))
+    model.half().float()
+    with pytest.raises(ValueError, match="is not what seed 42 draws"):
+        model.verify_scaffold()
+    model.set_scaffold_seed(9)
+    model.verify_scaffold(full=True)
+    dense = get_peft_model(llama(), config(embeddings="frozen"))
+    dense.half().float()
+    with pytest.raises(ValueError, match="is not what seed 42 draws"):
+        dense.set_residency(mode)
+    with model.scaffold_off(), pytest.raises(ValueError, match="Leave scaffold_off before set_residency"):
+        model.set_residency("dense")
+
+
+def test_rows_that_are_not_there(mode: str) -> None:
+    _, virtual = pair(mode, shape=(50, 6))
+    for row in (50, -1):
+        with pytest.raises(IndexError, match="index out of range"):
+            F.embedding(torch.tensor([3, row]), virtual)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_inference_mode_and_casts_while_a_graph_lives(name: str, mode: str) -> None:
+    build, options = MODELS[name]
+    model = get_peft_model(build(), config(**options, residency=mode)).eval()
+    expected = model(input_ids=ids()).logits  # its graph stays
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids()).logits, expected)
+    model.to("cpu")
+    assert torch.equal(logits(model), expected)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(HALF)
+    assert {p.dtype for p in model.parameters() if isinstance(p, VirtualWeight)} == {HALF}
+    assert logits(model).dtype == HALF
+    model.load_state_dict(model.state_dict())
+
+
+def test_int4_takes_inputs_of_any_layout() -> None:
+    dense, virtual = pair("int4", shape=(48, 96), family="binary")
+    x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0)).t()
+    torch.testing.assert_close(F.linear(x, virtual), F.linear(x, dense))
+
+
+def test_a_merge_that_fails_leaves_the_model_as_it_was(mode: str) -> None:
+    model = get_peft_model(llama(), config(layer_norm=True, residency=mode))
+    with pytest.raises(ValueError, match="have a LayerNorm after the layer"):
+        model.merge_and_unload()
+    assert sum(isinstance(p, VirtualWeight) for p in model.parameters()) == len(model.get_plan().scaffold)

@@ -49,7 +49,7 @@ class _AutoLottaLora:
             dtype: dtype of the model; default: the one it was saved in.
             device: where the model goes once it is built.
             attn_implementation: as in transformers; default: what it chooses here.
-            residency: "dense", "packed" or "streamed", see `LottaLoraConfig`; default: what it was saved with.
+            residency: "dense", "packed", "int4" or "streamed", see `LottaLoraConfig`; default: its config's.
             hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Returns:

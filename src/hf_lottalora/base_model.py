@@ -102,8 +102,19 @@ class BaseTensors:
         self.model, self.trained = model, trained
 
     def set_residency(self, plan: Plan, residency: Residency) -> None:
-        """Hold the scaffold dense, packed or streamed, tensor by tensor; the values stay."""
-        for tensor in plan.with_role("scaffold"):
+        """Hold the scaffold dense, packed or streamed, tensor by tensor; the values stay.
+
+        Raises:
+            ValueError: a dense weight is not what the seed draws, so giving it up would change the model.
+        """
+        bare = [
+            tensor for tensor in plan.with_role("scaffold") if self.is_bare(tensor.path)
+        ]  # nothing trained stands there
+        for tensor in bare if residency != "dense" else ():
+            if can_be_virtual(self.model, tensor):
+                assert isinstance(tensor.base, ScaffoldTensor)
+                self.verify(tensor.path, tensor.base, full=False)
+        for tensor in bare:
             live = getattr(*owner_of(self.model, tensor.path))
             if residency == "dense":
                 if isinstance(live, VirtualWeight):

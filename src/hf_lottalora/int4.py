@@ -40,7 +40,7 @@ def int4_product(x: torch.Tensor, codes: torch.Tensor, size: float) -> torch.Ten
     outputs, inputs = codes.shape[0], x.shape[1]
     group = next(width for width in (256, 128, 64, 32) if inputs % width == 0)
     scales = _scales(size, inputs // group, outputs, x.dtype)
-    product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group, scales)
+    product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), codes, group, scales)
     return product
 
 

@@ -22,6 +22,7 @@ class Merging:
     first_plan: Plan
     active_adapters: list[str]
     _switched: int
+    _off: int
 
     residency: Residency = "dense"
 
@@ -47,6 +48,8 @@ class Merging:
             >>> model.residency
             'streamed'
         """
+        if self._off:
+            raise ValueError("The scaffold is switched off. Leave scaffold_off before set_residency.")
         residency = check_residency(residency, {spec.family for spec in self.first_plan.scaffold.values()})
         if residency != "dense" and self._merged():
             raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
@@ -82,7 +85,12 @@ class Merging:
         self.base.set_residency(self.first_plan, "dense")
         owner = self.trained.owner_among(adapter_names or self.active_adapters) if merge else None
         self.trained.install(self.model, owner)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
+        try:
+            unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
+        except Exception:
+            self._restore_residency()
+            raise
+        model: nn.Module = unloaded
         return model
 
     def _merged(self) -> bool:

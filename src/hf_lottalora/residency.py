@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .draw import draw_blocks, draw_words, random_words, stream_key
 from .families import get_family
@@ -87,6 +88,8 @@ class VirtualWeight(torch.Tensor):
         """Become another scaffold tensor of the same shape, in place."""
         held = _held(scaffold, self.residency, self.device)
         self.scaffold, self.words, self.codes = scaffold, *held
+        self.dtypes = (self.dtype,)
+        torch.autograd.graph.increment_version(self)  # a backward over the old values is an error
 
     def hold(self, residency: Residency) -> None:
         """Change how it is held, in place; not to "dense"."""
@@ -94,6 +97,10 @@ class VirtualWeight(torch.Tensor):
 
     def holds(self, scaffold: ScaffoldTensor, full: bool) -> bool:
         """Whether it is this scaffold tensor; looks at sampled words in memory, or with `full` at each."""
+        if self.scaffold == scaffold and len(self._casts) > 1:  # rounded more often than a draw in this dtype
+            starts, length = ([0], scaffold.numel) if full else (run_starts(scaffold.numel), min(64, scaffold.numel))
+            drawn = VirtualWeight(scaffold, None, (self.dtype,), self.device)
+            return torch.equal(self.slices(starts, length), drawn.slices(starts, length))
         if self.codes is not None and full:
             return self.scaffold == scaffold and torch.equal(self.codes, int4_codes(scaffold))
         if self.scaffold != scaffold or self.words is None:
@@ -157,28 +164,47 @@ class VirtualWeight(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            # There torch could not give what is returned here the version of the weight that it is a view of.
+            with torch.inference_mode(False), torch.no_grad():
+                return cls._dispatch(func, args, kwargs or {})
+        return cls._dispatch(func, args, kwargs or {})
+
+    @staticmethod
+    def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         handler = _HANDLERS.get(func.overloadpacket)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        names = [a.name for a in func._schema.arguments]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if any(isinstance(given.get(name), VirtualWeight) for name in written):
-            raise RuntimeError(_UNWRITABLE.format(func))
-        args, kwargs = torch.utils._pytree.tree_map_only(VirtualWeight, VirtualWeight.dense, (args, kwargs))
+        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        for argument in func._schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            leaves = tree_leaves(given.get(argument.name)) if written else ()
+            if any(isinstance(leaf, VirtualWeight) for leaf in leaves):
+                raise RuntimeError(_UNWRITABLE.format(func))
+        args, kwargs = tree_map_only(VirtualWeight, VirtualWeight.dense, (args, kwargs))
         return func(*args, **kwargs)
 
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        context = (self.scaffold, self.dtypes, self.device, self.transposed)
-        return [name for name in ("words", "codes") if getattr(self, name) is not None], context
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """As a tensor's. Assigning another virtual weight takes over what it is; assigning values is refused."""
+        data: torch.Tensor = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return data
 
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> VirtualWeight:
-        scaffold, dtypes, device, transposed = context
-        return VirtualWeight(scaffold, inner.get("words"), dtypes, device, transposed, inner.get("codes"))
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if not isinstance(value, VirtualWeight):
+            raise RuntimeError(_UNWRITABLE.format("Assigning to .data"))
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        for name in ("scaffold", "words", "codes", "dtypes", "transposed"):
+            setattr(self, name, getattr(value, name))
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: there is no memory to share."""
+        raise RuntimeError(
+            "A scaffold weight that is not in memory cannot be shared. Call set_residency('dense') first."
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VirtualWeight({self.scaffold}, residency={self.residency!r}, dtype={self.dtype})"
@@ -359,9 +385,19 @@ def _embedding(weight: torch.Tensor, ids: torch.Tensor, *args: Any, **kwargs: An
     if not isinstance(weight, VirtualWeight) or weight.transposed:
         return NotImplemented
     unique, inverse = ids.reshape(-1).unique(return_inverse=True)
+    if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < weight.shape[0]:
+        raise IndexError(f"index out of range: rows {int(unique[0])} to {int(unique[-1])} of {weight.shape[0]}")
     width = weight.shape[1]
     rows = weight.slices((unique * width).tolist(), width)
     return rows[inverse.to(rows.device)].view(*ids.shape, width)
+
+
+def _copy(weight: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Nothing, where they are the same anyway."""
+    both = isinstance(weight, VirtualWeight) and isinstance(source, VirtualWeight)
+    names = ("scaffold", "dtypes", "transposed")
+    same = both and all(getattr(weight, name) == getattr(source, name) for name in names)
+    return weight if same else NotImplemented
 
 
 def _select(weight: VirtualWeight, dim: int, index: int) -> Any:
@@ -373,6 +409,7 @@ def _select(weight: VirtualWeight, dim: int, index: int) -> Any:
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.copy_: _copy,
     aten.detach: _same,
     aten.alias: _same,
     aten.clone: _same,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .plan import Plan, PlannedTensor
+from .residency import VirtualWeight
 from .scaffold import ScaffoldTensor, draw_into
 from .survey import owner_of
 
@@ -53,7 +54,8 @@ class TrainedTensors(nn.Module):
             owner, attribute = owner_of(model, path)
             live = getattr(owner, attribute).detach()
             # What can be made again needs no second copy: the first adapter trains in the base tensor's own memory.
-            reuse = tensor.base is not None and path not in taken and not live.is_meta
+            in_memory = not live.is_meta and not isinstance(live, VirtualWeight)
+            reuse = tensor.base is not None and path not in taken and in_memory
             device = "cpu" if live.is_meta else live.device
             copy = live if reuse else torch.empty(live.shape, dtype=live.dtype, device=device)
             if isinstance(tensor.start, ScaffoldTensor):
