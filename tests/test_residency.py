@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_lottalora import AutoLottaLoraModelForCausalLM, ScaffoldTensor, beta_report, cost_report, residency
+from hf_lottalora import AutoLottaLoraModelForCausalLM, ScaffoldTensor, beta_report, cost_report, virtual_weight
 from hf_lottalora.residency import VirtualWeight, resident
 
 FAMILIES = ["normal", "normal_8bit", "normal_4bit", "ternary", "binary"]
@@ -32,7 +32,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["whole", "chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "chunks":
-        monkeypatch.setattr(residency, "CHUNK", 100)
+        monkeypatch.setattr(virtual_weight, "CHUNK", 100)
 
 
 def pair(mode: Any, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
