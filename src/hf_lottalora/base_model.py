@@ -107,9 +107,7 @@ class BaseTensors:
         Raises:
             ValueError: a dense weight is not what the seed draws, so giving it up would change the model.
         """
-        bare = [
-            tensor for tensor in plan.with_role("scaffold") if self.is_bare(tensor.path)
-        ]  # nothing trained stands there
+        bare = [tensor for tensor in plan.with_role("scaffold") if self.is_bare(tensor.path)]
         for tensor in bare if residency != "dense" else ():
             if can_be_virtual(self.model, tensor):
                 assert isinstance(tensor.base, ScaffoldTensor)

@@ -129,7 +129,7 @@ class VirtualWeight(torch.Tensor):
         return self.dtypes[1:] if exact else self.dtypes
 
     def _draw_runs(self, starts: list[int], out: torch.Tensor) -> None:
-        spec, _length = self.scaffold, out.shape[1]
+        spec = self.scaffold
         words = None if self.words is None else self.words.cpu().numpy().view("<u8")
         draw_blocks(spec.draws(dict(zip(starts, out, strict=True)), words))
         if spec.zero_row is not None:
