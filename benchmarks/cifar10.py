@@ -33,11 +33,9 @@ import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
 import numpy as np
 import pyarrow.parquet
 import torch
-from cli import new_parser, parse_common, results_so_far, seeds_of
-from jobs import run_jobs
+from cli import new_parser, parse_common, results_so_far, run_ways
 from peft import get_peft_model
 from PIL import Image
-from report import write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -208,13 +206,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     result = results_so_far(args, lr=args.lr)
-    jobs = {f"{way}/seed={seed}": (way, seed, args) for seed in seeds_of(args) for way in args.ways}
-    jobs = {key: job for key, job in jobs.items() if key not in result["runs"]}
-    for key, found in run_jobs(run, jobs, args.workers):
-        result["runs"][key] = found
-        tqdm.write(f"{key}: {found['test_accuracy']:.2%}, {found['seconds']} s")
-        if args.recorded:
-            write_json(args.output, result)
+    run_ways(run, args, result, "test_accuracy")
     print(table(result["runs"]))
 
 

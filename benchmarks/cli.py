@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from report import environment, read_json
+from jobs import run_jobs
+from report import environment, read_json, write_json
+from tqdm.auto import tqdm
 
 FIRST_SEED = 42
 
@@ -62,3 +65,14 @@ def results_so_far(args: argparse.Namespace, **settings: Any) -> dict[str, Any]:
         raise SystemExit(f"{args.output} holds runs with other settings: {result['settings']}. Pass another --output.")
     result["environment"] = environment()
     return result
+
+
+def run_ways(run: Callable[..., dict[str, Any]], args: argparse.Namespace, result: dict[str, Any], shown: str) -> None:
+    """`run(way, seed, args)` for each way and seed that has no result yet; `shown` is what a line shows of it."""
+    jobs = {f"{way}/seed={seed}": (way, seed, args) for seed in seeds_of(args) for way in args.ways}
+    jobs = {key: job for key, job in jobs.items() if key not in result["runs"]}
+    for key, found in run_jobs(run, jobs, args.workers):
+        result["runs"][key] = found
+        tqdm.write(f"{key}: {found[shown]}, {found['seconds']} s")
+        if args.recorded:
+            write_json(args.output, result)

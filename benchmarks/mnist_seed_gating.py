@@ -24,11 +24,9 @@ from typing import Any
 
 import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
 import torch
-from cli import new_parser, results_so_far, seeds_of
-from jobs import run_jobs
+from cli import new_parser, results_so_far, run_ways
 from mnist import MLP, WIDTHS, Split, load_data, parse_mnist
 from peft import get_peft_model
-from report import write_json
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -137,14 +135,7 @@ def main() -> None:
     args = parse_mnist(parser, RESULTS, epochs=150)
     result = results_so_far(args, preset="medium", r=RANK)
     load_data(args)
-    seeds = seeds_of(args)
-    jobs = {f"{way}/seed={seed}": (way, seed, args) for seed in seeds for way in args.ways}
-    jobs = {key: job for key, job in jobs.items() if key not in result["runs"]}
-    for key, found in run_jobs(run, jobs, args.workers):
-        result["runs"][key] = found
-        tqdm.write(f"{key}: {found['by_seed']}, {found['seconds']} s")
-        if args.recorded:
-            write_json(args.output, result)
+    run_ways(run, args, result, "by_seed")
     print(table(result["runs"]))
 
 
