@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .virtual_operations import few_rows_product
+
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """What autocast would multiply in, else the input's own dtype: no cast that PEFT or torch would not need."""
@@ -49,11 +51,14 @@ class ScaledLinear(torch.autograd.Function):
         dtype = x.dtype
         with without_autocast(x):
             x_NI = x.reshape(-1, x.shape[-1])
-            y_NO = _times(F.linear(x_NI, _as_OI(weight, weight_is_IO, dtype)), beta)
-            if A is not None and B is not None:
-                y_NO = _plus_product(y_NO, F.linear(x_NI, A.to(dtype)), B.to(dtype).t(), scaling)
-            if bias is not None:
-                y_NO = y_NO + bias.to(dtype) if _transformed() else y_NO.add_(bias)
+            W_OI = _as_OI(weight, weight_is_IO, dtype)
+            y_NO = few_rows_product(x_NI, W_OI, bias, beta, A, B, scaling)
+            if y_NO is None:
+                y_NO = _times(F.linear(x_NI, W_OI), beta)
+                if A is not None and B is not None:
+                    y_NO = _plus_product(y_NO, F.linear(x_NI, A.to(dtype)), B.to(dtype).t(), scaling)
+                if bias is not None:
+                    y_NO = y_NO + bias.to(dtype) if _transformed() else y_NO.add_(bias)
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod

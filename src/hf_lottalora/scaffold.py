@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from .draw import FORMAT_VERSION, Draw, Table, draw_blocks, flat_bits, scattered_elements, stream_key
 from .families import Family, get_family
+from .gpu import kernels_for
 from .matrix_families import transformed
 
 # The digest reads the first, the last and 64 evenly spaced runs of 64 elements: milliseconds, at any size.
@@ -70,13 +71,34 @@ class ScaffoldTensor:
             raise IndexError(f"slice [{start}, {stop}) of {self.name!r}, which has {self.numel} elements")
         if not self.exact:
             return self.draw(dtype).flatten()[start:stop]
-        values = torch.empty(stop - start, dtype=dtype)
-        draw_blocks(self.draws({start: values}))
+        values = torch.empty(1, stop - start, dtype=dtype)
+        self.fill([start], values)
+        return values[0]
+
+    def fill(self, starts: Sequence[int], out: torch.Tensor, words: torch.Tensor | None = None) -> None:
+        """Draw the run of elements from `starts[i]` on into row i of a contiguous `out`, shape `(n, length)`.
+
+        Where `out` is: on the CPU or, with kernels for it, on a GPU. `words` are the tensor's, uint8, if they are held.
+        """
+        kernels = kernels_for(out.device)
+        key = stream_key(self.seed, self.name)
+        if kernels is not None:
+            at = torch.tensor(starts, device=out.device)
+            kernels.draw(out, self.table_on(out.dtype, out.device), tuple(key.tolist()), at, words)
+        elif out.device.type == "cpu":
+            held = None if words is None else words.cpu().numpy().view("<u8")
+            draw_blocks(self._draws(dict(zip(starts, out, strict=True)), held))
+        else:
+            values = torch.empty_like(out, device="cpu")
+            self.fill(starts, values, words)
+            out.copy_(values)
+            return
         if self.zero_row is not None:
             width = self.numel // self.shape[0]
-            first = self.zero_row * width
-            values[max(0, first - start) : max(0, first + width - start)] = 0
-        return values
+            low, high = self.zero_row * width, (self.zero_row + 1) * width
+            for run, start in zip(out, starts, strict=True):
+                if start < high and start + len(run) > low:
+                    run[max(0, low - start) : high - start] = 0
 
     def digest(self) -> str:
         """BLAKE2b-128 over name, shape, table, scale and the float32 stream values of 66 runs.
@@ -93,14 +115,19 @@ class ScaffoldTensor:
         state.update(runs.astype("<f4").tobytes())
         return state.hexdigest()
 
-    def draws(self, runs: Mapping[int, torch.Tensor], words: np.ndarray[Any, Any] | None = None) -> Iterator[Draw]:
-        """What fills one-dimensional CPU tensors with runs of this one, given by their flat starts.
+    def table_on(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Its values by code, shape `(2**bits,)`, as a tensor there."""
+        return _table_on(get_family(self.family), self.scale, dtype, device)
 
-        The padding row is not zero yet. `words` are the tensor's, if they are in memory.
-        """
+    def _draws(self, runs: Mapping[int, torch.Tensor], words: np.ndarray[Any, Any] | None = None) -> Iterator[Draw]:
         key = stream_key(self.seed, self.name)
         for start, run in runs.items():
             yield Draw(flat_bits(run), _table(get_family(self.family), self.scale, run.dtype), key, start, words)
+
+
+@lru_cache(maxsize=32)
+def _table_on(family: Family, scale: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(_table(family, scale, dtype).values).view(dtype).to(device)
 
 
 @lru_cache(maxsize=32)
@@ -118,10 +145,10 @@ def run_starts(numel: int) -> list[int]:
 def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | None = None) -> None:
     """Draw each scaffold tensor into the tensor given for it; those in CPU memory in one parallel pass.
 
-    A destination elsewhere, or not contiguous, is drawn on the CPU and copied, one at a time: the values are the same.
+    Others one at a time: on a GPU by a kernel, else on the CPU, to be copied. The values are the same.
     """
     direct = {s: t.detach() for s, t in targets.items() if s.exact and t.device.type == "cpu" and t.is_contiguous()}
-    draw_blocks((draw for scaffold, tensor in direct.items() for draw in scaffold.draws({0: tensor})), threads)
+    draw_blocks((draw for scaffold, tensor in direct.items() for draw in scaffold._draws({0: tensor})), threads)
     for scaffold, tensor in direct.items():
         if scaffold.zero_row is not None:
             tensor[scaffold.zero_row] = 0
@@ -130,8 +157,13 @@ def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | Non
         if not scaffold.exact:
             normals = replace(scaffold, family="normal", scale=1.0).draw(torch.float64, threads=threads)
             target.detach().copy_(transformed(scaffold.family, normals, scaffold.stacked) * scaffold.scale)
-        elif scaffold not in direct:
-            target.detach().copy_(scaffold.draw(target.dtype, threads=threads))
+        elif scaffold in direct:
+            continue
+        elif target.is_contiguous():
+            scaffold.fill([0], target.detach().view(1, -1))
+            torch.autograd.graph.increment_version(target)
+        else:
+            target.detach().copy_(scaffold.draw(target.dtype, target.device, threads))
 
 
 def combined_digest(seed: int, digests: Mapping[str, str]) -> str:

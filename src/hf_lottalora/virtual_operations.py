@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .families import get_family
+from .gpu import kernels_for
 from .int4 import INT4_DTYPES, MOST_ROWS, int4_product
 from .virtual_weight import HANDLERS, VirtualWeight, held_by
 
@@ -33,11 +35,41 @@ def _transpose(weight: VirtualWeight, one: int, other: int) -> Any:
     return _t(weight) if weight.dim() == 2 and {one % 2, other % 2} == {0, 1} else NotImplemented
 
 
+def few_rows_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    A: torch.Tensor | None = None,
+    B: torch.Tensor | None = None,
+    scaling: float = 1.0,
+) -> torch.Tensor | None:
+    """`beta * x W^T + scaling * (x A^T) B^T + bias` by the GPU kernel for packed weights, or None where it cannot.
+
+    For x `(N, I)` of few rows and W `(O, I)`, as in decoding; each packed word is read once and W is never made.
+    """
+    if not isinstance(weight, VirtualWeight) or weight.words is None or weight.transposed:
+        return None
+    kernels, spec = kernels_for(x.device), weight.scaffold
+    if kernels is None or not 0 < len(x) <= kernels.MOST_ROWS or x.dtype not in INT4_DTYPES:
+        return None
+    aligned = len(spec.shape) == 2 and spec.shape[1] * get_family(spec.family).bits % 32 == 0
+    if not aligned or spec.zero_row is not None or weight.casts != (x.dtype,):
+        return None
+    hidden = None if A is None else torch.nn.functional.linear(x, A.to(x.dtype))
+    table = spec.table_on(x.dtype, x.device)
+    y: torch.Tensor = kernels.packed_linear(x, weight.words, table, spec.shape[0], beta, bias, hidden, B, scaling)
+    return y
+
+
 def _product(x: torch.Tensor, weight: VirtualWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight + bias` by chunks of the scaffold's rows: they are columns of the result, or parts of the sum."""
     rows = weight.scaffold.shape[0]
     if not weight.transposed:
         return _summed(x, weight, bias)
+    few = few_rows_product(x, _t(weight), bias)
+    if few is not None:
+        return few
     if weight.codes is not None and len(x) <= MOST_ROWS and x.dtype in INT4_DTYPES:
         y = int4_product(x, weight.codes, weight.largest())
         return y if bias is None else y + bias

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .draw import draw_blocks, draw_words, random_words, stream_key
+from .draw import draw_words, random_words, stream_key
 from .families import get_family
+from .gpu import kernels_for
 from .int4 import fits_kernel, int4_codes, is_ternary
 from .scaffold import ScaffoldTensor, run_starts
 
@@ -98,7 +99,7 @@ class VirtualWeight(torch.Tensor):
 
     def holds(self, scaffold: ScaffoldTensor, full: bool) -> bool:
         """Whether it is this scaffold tensor; looks at sampled words in memory, or with `full` at each."""
-        if self.scaffold == scaffold and len(self._casts) > 1:  # rounded more often than a draw in this dtype
+        if self.scaffold == scaffold and len(self.casts) > 1:  # rounded more often than a draw in this dtype
             starts, length = ([0], scaffold.numel) if full else (run_starts(scaffold.numel), min(64, scaffold.numel))
             drawn = VirtualWeight(scaffold, None, (self.dtype,), self.device)
             return torch.equal(self.slices(starts, length), drawn.slices(starts, length))
@@ -113,34 +114,24 @@ class VirtualWeight(torch.Tensor):
 
     def slices(self, starts: list[int], length: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Runs `[start, start + length)` of the flattened scaffold tensor, shape `(len(starts), length)`."""
-        drawn, *casts = self._casts
+        drawn, *casts = self.casts
         if out is None:
-            out = torch.empty(len(starts), length, dtype=drawn)
-        self._draw_runs(starts, out)
-        values = out.to(self.device)
+            out = torch.empty(len(starts), length, dtype=drawn, device=self.device)
+        self.scaffold.fill(starts, out, self.words)
+        values = out
         for dtype in casts:
             values = values.to(dtype)
         return values
 
     @property
-    def _casts(self) -> tuple[torch.dtype, ...]:
-        """The dtype to draw in and those to cast to. A float32 draw is exact: its first cast rounds as a draw does."""
+    def casts(self) -> tuple[torch.dtype, ...]:
+        """The dtype to draw in, then those to cast to. A float32 draw is exact: its first cast rounds as a draw does."""
         exact = len(self.dtypes) > 1 and self.dtypes[0] in (torch.float32, torch.float64)
         return self.dtypes[1:] if exact else self.dtypes
 
-    def _draw_runs(self, starts: list[int], out: torch.Tensor) -> None:
-        spec = self.scaffold
-        words = None if self.words is None else self.words.cpu().numpy().view("<u8")
-        draw_blocks(spec.draws(dict(zip(starts, out, strict=True)), words))
-        if spec.zero_row is not None:
-            width = spec.numel // spec.shape[0]
-            low, high = spec.zero_row * width, (spec.zero_row + 1) * width
-            for run, at in zip(out, starts, strict=True):
-                run[max(0, low - at) : max(0, high - at)] = 0
-
     def largest(self) -> float:
         """The largest value that the family has at this scale, in the dtype."""
-        return _largest(self.scaffold.family, self.scaffold.scale, self._casts)
+        return _largest(self.scaffold.family, self.scaffold.scale, self.casts)
 
     def dense(self) -> torch.Tensor:
         """The values as an ordinary tensor."""
@@ -151,11 +142,12 @@ class VirtualWeight(torch.Tensor):
         """`(first, last + 1, values)` for runs of rows of the scaffold tensor; the values are good until the next."""
         rows, width = self.scaffold.shape[0], self.scaffold.numel // self.scaffold.shape[0]
         step = max(1, CHUNK // width)
-        buffer = _buffer(min(step, rows) * width, self._casts[0])
+        buffer = _buffer(min(step, rows) * width, self.casts[0]) if self.device.type == "cpu" else None
         for first in range(0, rows, step):
             last = min(first + step, rows)
             size = (last - first) * width
-            yield first, last, self.slices([first * width], size, buffer[:, :size]).view(last - first, width)
+            out = None if buffer is None else buffer[:, :size]
+            yield first, last, self.slices([first * width], size, out).view(last - first, width)
 
     # ---- what torch asks of a tensor ------------------------------------------------------------------------------
 
@@ -241,8 +233,13 @@ def _rebuilt(*parts: Any) -> torch.Tensor:
 def pack(scaffold: ScaffoldTensor, device: torch.device | str = "cpu") -> torch.Tensor:
     """All random words of a tensor, uint8 of shape `(bytes,)`: k bits per value, rounded up to whole words."""
     bits = get_family(scaffold.family).bits
-    words = draw_words(stream_key(scaffold.seed, scaffold.name), math.ceil(scaffold.numel * bits / 64))
-    return torch.from_numpy(words.view(np.uint8)).to(device)
+    key, count = stream_key(scaffold.seed, scaffold.name), math.ceil(scaffold.numel * bits / 64)
+    kernels = kernels_for(torch.device(device))
+    if kernels is None:
+        return torch.from_numpy(draw_words(key, count).view(np.uint8)).to(device)
+    words = torch.empty(1, count, dtype=torch.int64, device=device)
+    kernels.draw(words, None, tuple(key.tolist()), torch.zeros(1, dtype=torch.int64, device=device), None)
+    return words.view(-1).view(torch.uint8)
 
 
 def held_by(
