@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from tiny import SIZES, config, perturb
 from torch import nn
 
+from hf_lottalora import make_plan
 from hf_lottalora.survey import owner_of
 
 GQA = {**SIZES, "num_key_value_heads": 2}
@@ -72,7 +73,7 @@ CASES = {
     "mamba": Case(
         T.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4),
         LM,
-        {"target_modules": ["x_proj", "out_proj"]},
+        {"target_modules": "all-linear"},
     ),
     "t5": Case(T.T5Config(vocab_size=99, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8), SEQ),
     "bart": Case(T.BartConfig(**SEQ2SEQ), SEQ),
@@ -216,3 +217,14 @@ def test_where_there_are_no_default_targets_the_error_lists_what_there_is(name: 
         ValueError, match=r"no default target_modules for model type .* Pass target_modules; its (linear|conv)"
     ):
         get_peft_model(build(name, 1), config())
+
+
+@pytest.mark.parametrize("target", ["conv1d", "x_proj", "dt_proj", "out_proj"])
+def test_an_adapter_that_the_architecture_would_bypass_is_refused(target: str) -> None:
+    model = build("mamba", 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"matches 'backbone.layers.0.mixer.{target}', whose weight .* reads without"):
+        get_peft_model(model, config(target_modules=[target]))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    plan = make_plan(model, config(target_modules="all-linear"))
+    assert [adapter.path.rpartition(".")[2] for adapter in plan.adapters] == ["in_proj", "in_proj"]

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from .adapter_planner import ADAPTED_HEADS, plan_adapters
 from .families import get_family
 from .matrix_families import TRANSFORMS
-from .plan import AdapterKind, Plan, PlannedAdapter, PlannedTensor, Role
+from .patterns import by_pattern, parents, under
+from .plan import Plan, PlannedTensor, Role
 from .scaffold import ScaffoldTensor
 from .scales import scale_of
-from .survey import Survey, SurveyedModule, SurveyedTensor, survey_model
-from .targets import ATTENTION_PROJECTIONS
+from .survey import Survey, SurveyedTensor, survey_model
 
 if TYPE_CHECKING:
     from .config import LottaLoraConfig
 
 # PEFT's task classes append these to modules_to_save whether the model has them or not.
 _PEFT_HEADS = {"classifier", "score", "qa_outputs"}
-_ADAPTED_HEADS = ("lora", "lora_bias")
 
 
 def make_plan(model: nn.Module, config: LottaLoraConfig) -> Plan:
@@ -57,7 +54,7 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
     """
     extra = _modules_to_save(survey, config)
     _check_tied_options(survey, config, extra)
-    adapters = _plan_adapters(survey, config, extra)
+    adapters = plan_adapters(survey, config, extra)
     adapted = {adapter.path for adapter in adapters if adapter.kind != "tied_head"}
     planned = [_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors]
     tensors = tuple(_with_norm_of_direction(tensor, planned) for tensor in planned)
@@ -99,7 +96,7 @@ def _with_norm_of_direction(tensor: PlannedTensor, planned: list[PlannedTensor])
 def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: set[str], adapted: set[str]) -> Role:
     if tensor.kind == "buffer":
         return "kept"
-    if _under(tensor.path, extra) or any(_under(alias, extra) for alias in tensor.aliases):
+    if under(tensor.path, extra) or any(under(alias, extra) for alias in tensor.aliases):
         return "trained"
     drawn: Role = "scaffold"
     if config.redraw == "none" or (config.redraw == "targets" and owner not in adapted):
@@ -110,7 +107,7 @@ def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: se
         if config.embeddings == "train" or (config.embeddings == "lora" and owner not in adapted):
             return "trained"  # too small for an adapter, or not a module that can carry one
         return drawn if config.redraw != "targets" else "kept"
-    if tensor.in_head and (config.head not in _ADAPTED_HEADS or (config.head == "lora_bias" and tensor.kind == "bias")):
+    if tensor.in_head and (config.head not in ADAPTED_HEADS or (config.head == "lora_bias" and tensor.kind == "bias")):
         return "trained"
     if tensor.kind == "norm":
         return "trained" if config.norms == "train" else "kept"
@@ -120,21 +117,6 @@ def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: se
         return "trained" if tensor.init.random else "kept"
     # A matrix. One that the architecture itself sets to a constant means something and is left alone.
     return drawn if tensor.init.random else "kept"
-
-
-def _by_pattern(config: LottaLoraConfig, name: str, path: str, default: Any) -> Any:
-    """The value of a pattern for the module at this path, by PEFT's rules of matching.
-
-    Raises:
-        ValueError: several keys match and disagree. adapter_config.json sorts them, so their order cannot decide.
-    """
-    pattern = getattr(config, name) or {}
-    matching = [key for key in pattern if get_pattern_key([key], path) == key]
-    if len({repr(pattern[key]) for key in matching}) > 1:
-        raise ValueError(
-            f"{name} has several keys for {path!r}, which disagree: {matching}. Make each module match one."
-        )
-    return pattern[matching[0]] if matching else default
 
 
 def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:
@@ -153,7 +135,7 @@ def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:
 def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig) -> ScaffoldTensor:
     matrix = tensor.kind == "matrix"
     module = tensor.path.rpartition(".")[0]
-    family = _by_pattern(config, "family_pattern", module, config.family)
+    family = by_pattern(config, "family_pattern", module, config.family)
     rule = config.scale if matrix and config.scale is not None else "initializer_range"
     own = get_family(family).scale_rule
     general = get_family(config.family).scale_rule
@@ -169,7 +151,7 @@ def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConf
         )
     # A look-up table has no spectrum, and a scaffold that is switched off still needs something to read.
     family = family if matrix or family not in ("zero", *TRANSFORMS) else "normal"
-    seed = (int(config.seed or 0) + _by_pattern(config, "seed_pattern", module, 0)) % 2**64
+    seed = (int(config.seed or 0) + by_pattern(config, "seed_pattern", module, 0)) % 2**64
     return ScaffoldTensor(tensor.name, tensor.shape, seed, family, scale, tensor.zero_row, tensor.stacked)
 
 
@@ -188,118 +170,15 @@ def _own_init(tensor: SurveyedTensor, survey: Survey, seed: int) -> ScaffoldTens
     return tensor.init.value
 
 
-def _plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> list[PlannedAdapter]:
-    targets = _target_names(survey, config)
-    adapters = []
-    for module in survey.modules:
-        whole = _under(module.path, extra) or (module.in_head and config.head not in _ADAPTED_HEADS)
-        if (module.path in targets and not whole) or (
-            module.in_head and config.head in _ADAPTED_HEADS and module.kind == "linear" and not whole
-        ):
-            adapters.append(_adapter(module, config, "linear", "conv"))
-    if not adapters:
-        raise ValueError(
-            f"target_modules={_shown(config.target_modules)} matches no linear layer or convolution of "
-            f"{survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
-        )
-    for tensor in survey.tensors:
-        shared = [a.path for a in adapters if f"{a.path}.weight" in tensor.aliases]
-        if shared and len(tensor.aliases) > 1 and not tensor.tied_head:
-            raise ValueError(
-                f"{shared[0]!r} shares its weight ({', '.join(tensor.aliases)}): an adapter on one place would change "
-                "the other, or miss it. Leave it out of target_modules."
-            )
-    embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
-    if embedding is not None and not _under(embedding.path, extra):
-        adapters.append(embedding)
-        if _tied_tensor(survey) is not None:
-            adapters = [a for a in adapters if a.path != survey.output_embeddings]
-            adapters.append(replace(embedding, path=str(survey.output_embeddings), kind="tied_head"))
-    return adapters
-
-
-def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapter | None:
-    """The adapter of the token embedding, None where that is smaller than its adapter.
-
-    Other tables are not adapted: some architectures read a position table's weight past its module's forward.
-    """
-    module = next((m for m in survey.modules if m.path == survey.input_embeddings), None)
-    if module is None or module.kind != "embedding":
-        raise ValueError(
-            f"embeddings='lora' needs a token embedding that looks up ids, and {survey.class_name} names none. Pass "
-            "embeddings='train' or 'frozen'."
-        )
-    users = next(t.aliases for t in survey.tensors if f"{module.path}.weight" in t.aliases)
-    others = [m.path for m in survey.modules if m.kind == "embedding" and f"{m.path}.weight" in users]
-    if len(others) > 1:
-        raise ValueError(
-            f"embeddings='lora' is not supported for {survey.class_name}: its token embedding is looked up through "
-            f"several modules ({', '.join(others)}). Pass embeddings='train' or 'frozen'."
-        )
-    adapter = _adapter(module, config, "embedding")
-    return adapter if adapter.numel < module.in_features * module.out_features else None
-
-
-def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> PlannedAdapter:
-    if module.kind not in kinds:
-        hint = "pass embeddings='lora' instead" if module.kind == "embedding" else "leave it out of target_modules"
-        raise ValueError(
-            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear, Conv1D and "
-            f"nn.Conv1d, 2d and 3d, not on classes that compute something else; "
-            f"{hint}."
-        )
-    rank: int = _by_pattern(config, "rank_pattern", module.path, config.r)
-    alpha: float = _by_pattern(config, "alpha_pattern", module.path, config.lora_alpha)
-    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    if rank % module.groups:
-        raise ValueError(
-            f"{module.path!r} is a convolution with groups={module.groups}: its rank must be a multiple of that, got "
-            f"r={rank}. Pass rank_pattern for it, or leave it out of target_modules."
-        )
-    if module.kind == "conv" and (config.layer_norm or (config.use_dora and module.groups > 1)):
-        what = "layer_norm" if config.layer_norm else "use_dora with groups"
-        raise ValueError(f"{what} is not supported on convolutions, and {module.path!r} is one.")
-    dora = config.dora_magnitude if config.use_dora else None
-    if module.kind == "conv" and dora == "inputs" and config.lora_dropout:
-        raise ValueError(
-            f"lora_dropout and dora_magnitude='inputs' do not go together on convolutions, and {module.path!r} is one."
-        )
-    sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
-    kind = cast(AdapterKind, module.kind)
-    beta: bool = _by_pattern(config, "train_beta_pattern", module.path, config.train_beta)
-    return PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual)
-
-
-def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
-    """Paths of the modules that `config.target_modules` means, by PEFT's matching rules."""
-    if config.target_modules is None:
-        names = ATTENTION_PROJECTIONS.get(survey.model_type or "")
-        if names is None:
-            what = f"model type {survey.model_type!r}" if survey.model_type else "a plain nn.Module"
-            raise ValueError(f"There are no default target_modules for {what}. {_linear_layers(survey)}")
-        config.target_modules = set(names)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        excluded = [] if isinstance(config.exclude_modules, str) else config.exclude_modules or []
-        return {
-            m.path
-            for m in survey.modules
-            if m.kind == "linear"
-            and not m.in_head
-            and not any(m.path == e or m.path.endswith(f".{e}") for e in excluded)
-            and not (isinstance(config.exclude_modules, str) and re.fullmatch(config.exclude_modules, m.path))
-        }
-    return {m.path for m in survey.modules if check_target_module_exists(config, m.path)}
-
-
 def _modules_to_save(survey: Survey, config: LottaLoraConfig) -> set[str]:
     """Paths of the modules, or single parameters, that `config.modules_to_save` means: a full path, or its end."""
     found = set()
-    paths = {path for t in survey.tensors for alias in t.aliases for path in (alias, *_parents(alias))}
+    paths = {path for t in survey.tensors for alias in t.aliases for path in (alias, *parents(alias))}
     if isinstance(config.modules_to_save, str):
         raise ValueError(f"modules_to_save must be a list of module names, got the string {config.modules_to_save!r}.")
     # Not "or []": a list that was handed on to PEFT is falsy, see model._Handled.
     for name in dict.fromkeys(() if config.modules_to_save is None else config.modules_to_save):
-        if name in _PEFT_HEADS and config.head in _ADAPTED_HEADS:
+        if name in _PEFT_HEADS and config.head in ADAPTED_HEADS:
             continue  # appended by PEFT's task class, but the config wants an adapter there
         matches = {path for path in paths if path == name or path.endswith(f".{name}")}
         if not matches and name not in _PEFT_HEADS:
@@ -311,10 +190,10 @@ def _modules_to_save(survey: Survey, config: LottaLoraConfig) -> set[str]:
 
 
 def _check_tied_options(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> None:
-    tied = _tied_tensor(survey)
+    tied = survey.tied_tensor
     if tied is None:
         return
-    if any(_under(alias, extra) for alias in tied.aliases) and config.embeddings != "train":
+    if any(under(alias, extra) for alias in tied.aliases) and config.embeddings != "train":
         raise ValueError(
             f"modules_to_save trains {tied.path!r}, which is tied to {list(tied.aliases)}, but embeddings="
             f"{config.embeddings!r} says otherwise. Drop one of the two."
@@ -324,32 +203,6 @@ def _check_tied_options(survey: Survey, config: LottaLoraConfig, extra: set[str]
             f"The head of {survey.class_name} is tied to its input embeddings ({', '.join(tied.aliases)}), but head="
             f"{config.head!r} and embeddings={config.embeddings!r} disagree. Leave head=None, it follows embeddings."
         )
-
-
-def _tied_tensor(survey: Survey) -> SurveyedTensor | None:
-    """The input embedding's tensor, where the head uses it too."""
-    return next((t for t in survey.tensors if t.tied_head and t.path == f"{survey.input_embeddings}.weight"), None)
-
-
-def _linear_layers(survey: Survey) -> str:
-    names: Mapping[str, None] = dict.fromkeys(
-        re.sub(r"(^|\.)\d+(?=\.)", r"\1*", module.path) for module in survey.modules if module.kind == "linear"
-    )
-    return f"Pass target_modules; its linear layers are: {', '.join(names) or 'none'}."
-
-
-def _shown(targets: Iterable[str] | None) -> Any:
-    return sorted(targets) if isinstance(targets, (set, list)) else targets
-
-
-def _parents(path: str) -> Iterator[str]:
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
-
-
-def _under(path: str, modules: set[str]) -> bool:
-    return path in modules or any(parent in modules for parent in _parents(path))
 
 
 def warn_of_losses(plan: Plan, config: LottaLoraConfig) -> None:

@@ -108,6 +108,11 @@ class Survey:
         """`config.model_type`, None for a plain `nn.Module`."""
         return getattr(self.architecture, "model_type", None)
 
+    @property
+    def tied_tensor(self) -> SurveyedTensor | None:
+        """The input embedding's tensor, where the head uses it too."""
+        return next((t for t in self.tensors if t.tied_head and t.path == f"{self.input_embeddings}.weight"), None)
+
 
 def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The base model's own modules with the paths they had before PEFT wrapped them, every path of a shared one."""

@@ -1,4 +1,4 @@
-"""Which linear layers carry an adapter by default: the attention projections (paper section 5), by architecture."""
+"""Which layers carry an adapter by default, the attention projections (paper section 5), and which cannot."""
 
 from __future__ import annotations
 
@@ -37,3 +37,15 @@ ATTENTION_PROJECTIONS: dict[str, list[str]] = {
     "phi3": ["qkv_proj", "o_proj"],
     **dict.fromkeys(["deit", "dinov2", "swin", "swinv2", "vit"], _VISION),
 }  # fmt: skip
+
+_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
+_MAMBA2 = ("conv1d", "out_proj")
+
+# model_type -> modules of its state-space mixer whose weight is read without calling them, always or by the fused
+# kernels: an adapter there would do nothing.
+WEIGHT_IS_READ: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(["mamba", "falcon_mamba"], _MAMBA),
+    **dict.fromkeys(["bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"], _MAMBA2),
+    "jamba": ("conv1d", "dt_proj"),
+    "zamba": ("conv1d",),
+}

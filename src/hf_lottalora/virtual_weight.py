@@ -125,7 +125,7 @@ class VirtualWeight(torch.Tensor):
 
     @property
     def casts(self) -> tuple[torch.dtype, ...]:
-        """The dtype to draw in, then those to cast to. A float32 draw is exact: its first cast rounds as a draw does."""
+        """The dtype to draw in and those to cast to. A float32 draw is exact: its first cast rounds as a draw does."""
         exact = len(self.dtypes) > 1 and self.dtypes[0] in (torch.float32, torch.float64)
         return self.dtypes[1:] if exact else self.dtypes
 
