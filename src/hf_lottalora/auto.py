@@ -10,6 +10,7 @@ import transformers
 from accelerate import init_empty_weights
 from peft import PeftModel
 from transformers import AutoConfig
+from transformers.initialization import no_init_weights
 
 from .artifact import HUB_OPTIONS, builds, loader_of, locate
 from .config import LottaLoraConfig
@@ -82,8 +83,8 @@ class _AutoLottaLora:
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         dtype = dtype or architecture.dtype or torch.float32
         if config.redraw == "all" or config.save_kept:
-            # Buffers must be real: rotary and position tables have no other source.
-            with init_empty_weights(include_buffers=False):
+            # Buffers must be real: rotary and position tables have no other source. Weights are drawn or read later.
+            with init_empty_weights(include_buffers=False), no_init_weights():
                 model = cls._auto_class.from_config(architecture, dtype=dtype, **attention)
             for tensor_path, other in (config.other_dtypes or {}).items() if dtype == architecture.dtype else ():
                 owner, name = owner_of(model, tensor_path)
@@ -112,6 +113,7 @@ class _AutoLottaLora:
             adapter_name=adapter_name,
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=True,  # no starting values for what the artifact has
             torch_device="cpu",
             config=config,
             **hub_kwargs,

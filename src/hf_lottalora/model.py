@@ -128,7 +128,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config._plan = self.plans[adapter_name] = plan
         # Also where it is None: PEFT's task classes would fill it later, and wrap the head once more.
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
-        self.trained.add(model, adapter_name, plan)
+        self.trained.add(model, adapter_name, plan, start=not (low_cpu_mem_usage or _weights_follow()))
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
         with untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -344,6 +344,13 @@ def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "
             "two could not be told apart in a saved file. Choose another adapter_name."
         )
+
+
+def _weights_follow() -> bool:
+    """Whether PEFT's low_cpu_mem_usage is on: parameters are made on the meta device, since a file has the values."""
+    module = nn.Module()
+    module.register_parameter("probe", nn.Parameter(torch.empty(0)))
+    return bool(module.probe.is_meta)  # type: ignore[union-attr]
 
 
 def _as_list(names: list[str] | None) -> list[str]:

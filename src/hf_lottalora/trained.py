@@ -44,8 +44,8 @@ class TrainedTensors(nn.Module):
         self.planned: dict[str, dict[str, PlannedTensor]] = {}
         self.installed: str | None = None
 
-    def add(self, model: nn.Module, adapter: str, plan: Plan) -> None:
-        """Make the adapter's copies with their starting values; they are not installed yet."""
+    def add(self, model: nn.Module, adapter: str, plan: Plan, start: bool = True) -> None:
+        """Make the adapter's copies, with their starting values if `start`; they are not installed yet."""
         shelf = _Shelf()
         draws: dict[ScaffoldTensor, torch.Tensor] = {}
         taken = {path for planned in self.planned.values() for path in planned}
@@ -58,7 +58,9 @@ class TrainedTensors(nn.Module):
             reuse = tensor.base is not None and path not in taken and in_memory
             device = "cpu" if live.is_meta else live.device
             copy = live if reuse else torch.empty(live.shape, dtype=live.dtype, device=device)
-            if isinstance(tensor.start, ScaffoldTensor):
+            if not start:
+                pass  # a file has the values
+            elif isinstance(tensor.start, ScaffoldTensor):
                 draws[tensor.start] = copy
             elif tensor.start is not None:
                 copy.copy_(tensor.start)
