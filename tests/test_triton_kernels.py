@@ -71,6 +71,19 @@ def test_several_programs_draw_a_tensor(bits: int) -> None:
     assert torch.equal(target.cpu(), on_cpu(scaffold, torch.bfloat16))
 
 
+def test_rows_of_a_table_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids stay on the device, as a CUDA graph needs."""
+    scaffold = ScaffoldTensor("a.weight", (50, 6), 3, "normal_4bit", 0.5, zero_row=3)
+    ids = torch.tensor([[3, 49, 0], [7, 7, 3]], device=DEVICE)
+    expected = on_cpu(scaffold, torch.float32)[ids.cpu()]
+    weight = resident(scaffold, "packed", torch.float32, DEVICE)
+    for name in ("tolist", "item", "cpu", "unique", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, name=name: pytest.fail(f"waited for by {name}"))
+    rows = torch.nn.functional.embedding(ids, weight, 3)
+    monkeypatch.undo()
+    assert torch.equal(rows.cpu(), expected)
+
+
 def test_words_are_numpys() -> None:
     scaffold = ScaffoldTensor("a.weight", (33, 1_000), 1 << 63, "normal_4bit")
     words = virtual_weight.pack(scaffold, DEVICE).cpu().numpy().view("<u8")
@@ -161,7 +174,7 @@ def build(kernel, types, **constants):
     assert len(built.asm["cubin"]) > 0
 
 for bits, dtype in ((1, "bf16"), (4, "fp16"), (16, "fp32"), (64, "i64")):
-    drawn = [f"*{dtype}", f"*{dtype}", "*i64", "*i64", "u64", "u64", "i32", "i32"]
+    drawn = [f"*{dtype}", f"*{dtype}", "*i64", "*i64", "u64", "u64", "i32", "i32", "i32", "i64"]
     build(kernels.draw_kernel, drawn, BITS=bits, HELD=bits == 4, BLOCKS=32)
 for bits, dtype in ((1, "bf16"), (4, "fp16"), (16, "fp32")):
     types = [f"*{dtype}", f"*{dtype}", "*i32", f"*{dtype}", "*fp32", f"*{dtype}", f"*{dtype}", "*fp32"]

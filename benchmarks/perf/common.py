@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,16 +49,17 @@ def llama_config(scale: str) -> LlamaConfig:
     )
 
 
-def build(kind: str, scale: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+def build(kind: str, scale: str, dtype: torch.dtype, on_meta: bool | None = None, **options: Any) -> nn.Module:
     """A model to train, r = 8 on all linear layers.
 
     Args:
         kind: "full", "peft" (`LoraConfig`) or "ours" (`LottaLoraConfig`).
         scale: a key of `SCALES`.
         dtype: of the base model; adapters are float32, as in PEFT.
+        on_meta: whether to build ours without memory for the weights; default: where they are not dense.
         options: of `LottaLoraConfig`; embeddings and norms are frozen unless they say otherwise, as in PEFT's LoRA.
     """
-    if kind == "ours" and options.get("residency", "dense") != "dense":
+    if on_meta if on_meta is not None else options.get("residency", "dense") != "dense":
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
@@ -76,8 +79,9 @@ def build(kind: str, scale: str, dtype: torch.dtype, **options: Any) -> nn.Modul
 def training_step(model: nn.Module, rows: int, tokens: int) -> Callable[[], None]:
     """A function that makes one step with AdamW on random tokens, below 32,000."""
     model.train()
-    batch = torch.randint(0, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(0))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    batch = torch.randint(0, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    batch = batch.to(parameters[0].device)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
 
     def step() -> None:
@@ -98,6 +102,15 @@ def memory(field: str) -> int:
     """Bytes of this process by Linux: "VmRSS" resident now, "VmHWM" resident at most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def in_fresh_process(script: str, *arguments: str) -> Any:
+    """What this script prints as JSON in its last line, run with these arguments."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def paired(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

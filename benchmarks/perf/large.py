@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from common import RANK, RESULTS, environment, markdown, memory, seconds, training_step, write_json
+from common import RANK, RESULTS, environment, markdown, memory, read_json, seconds, training_step, write_json
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,7 +28,7 @@ def main() -> None:
     add("--layers", type=int, default=32, help="default: 32")
     add("--tokens", type=int, default=128, help="default: 128")
     add("--family", default="binary", help="default: binary")
-    add("--output", default=RESULTS / "large.json", help="JSON file to write")
+    add("--output", default=RESULTS / "large.json", help="JSON file; other settings in it are kept")
     args = parser.parse_args()
     config = LlamaConfig(
         vocab_size=128_256,
@@ -65,7 +65,7 @@ def main() -> None:
     report("build", seconds(build))
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    report(f"training step, {args.tokens} tokens", seconds(training_step(model, 1, args.tokens)))
+    report("training step", seconds(training_step(model, 1, args.tokens)))
     expected = probe()
     with tempfile.TemporaryDirectory() as folder:
         report("save", seconds(lambda: model.save_pretrained(folder)))
@@ -76,7 +76,10 @@ def main() -> None:
     print(f"{parameters:,} parameters, {trained:,} trained, artifact {size / 2**20:.1f} MiB")
     print("\n".join(markdown(list(rows[0]), [[*row.values()] for row in rows])))
     found = {"parameters": parameters, "trained": trained, "artifact_bytes": size, "rows": rows}
-    write_json(args.output, {"environment": environment(), "layers": args.layers, "family": args.family, **found})
+    result = read_json(args.output) or {"runs": {}}
+    key = f"{args.layers} layers, {args.family}, {args.tokens} tokens"
+    result["runs"][key] = {"environment": environment(), **found}
+    write_json(args.output, result)
 
 
 if __name__ == "__main__":

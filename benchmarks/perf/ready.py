@@ -21,15 +21,24 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, build, environment, markdown, memory, ratio, read_json, write_json
+from common import (
+    RESULTS,
+    SCALES,
+    build,
+    environment,
+    in_fresh_process,
+    markdown,
+    memory,
+    ratio,
+    read_json,
+    write_json,
+)
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -118,9 +127,7 @@ def main() -> None:
         prepare(args.scale, Path(name))
         for repeat in tqdm(range(args.repeats), unit="repeat"):
             for way in args.ways[:: -1 if repeat % 2 else 1]:
-                command = [sys.executable, __file__, "--scale", args.scale, "--worker", way, name]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                found[way].append(json.loads(done.stdout.splitlines()[-1]))
+                found[way].append(in_fresh_process(__file__, "--scale", args.scale, "--worker", way, name))
     times = {way: [one["seconds"] for one in runs] for way, runs in found.items()}
     rows = []
     for way, runs in found.items():

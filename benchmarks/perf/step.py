@@ -2,7 +2,8 @@
 
 12 layers, d = 768, MLP 2,048, vocabulary 32,000 tied, r = 8 on all linear layers, AdamW included. Each repeat runs all
 models one after the other, every second time in the other order; ratios are medians over the repeats. Embeddings and
-norms are frozen in ours, as in PEFT's, but in "trained embeddings", which is LottaLoRA's default.
+norms are frozen in ours, as in PEFT's, but in "trained embeddings", which is LottaLoRA's default. "Compiled" is
+`torch.compile(model, fullgraph=True)`, which needs a C++ compiler.
 
     python benchmarks/perf/step.py                    # float32 and bf16, 4 x 128 tokens: ten minutes on two cores
     python benchmarks/perf/step.py --tokens 512       # 4 x 512, where streaming costs less
@@ -12,15 +13,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from typing import Any
 
 import torch
 from common import RESULTS, SCALES, build, environment, markdown, paired, ratio, read_json, training_step, write_json
 
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "PEFT LoRA": ("peft", {}),
     "dense": ("ours", {}),
     "dense, trained embeddings": ("ours", {"embeddings": "train", "norms": "train"}),
+    "dense, compiled": ("ours", {}),
+    "PEFT LoRA, compiled": ("peft", {}),
     "packed, 1 bit": ("ours", {"family": "binary", "residency": "packed"}),
     "streamed, 1 bit": ("ours", {"family": "binary", "residency": "streamed"}),
     "packed, 16 bits": ("ours", {"residency": "packed"}),
@@ -41,7 +45,12 @@ def main() -> None:
     args = parser.parse_args()
     result = read_json(args.output) or {"runs": {}}
     for dtype in args.dtypes:
-        models = {name: build(kind, args.scale, getattr(torch, dtype), **o) for name, (kind, o) in picked(args.models)}
+        models: dict[str, Any] = {}
+        for name in args.models:
+            kind, options = MODELS[name]
+            models[name] = build(kind, args.scale, getattr(torch, dtype), **options)
+            if name.endswith("compiled"):
+                models[name] = torch.compile(models[name], fullgraph=True)
         times = paired({name: training_step(m, args.rows, args.tokens) for name, m in models.items()}, args.repeats)
         rows = []
         for name, found in times.items():
@@ -60,10 +69,6 @@ def main() -> None:
         key = f"{args.scale}/{dtype}/{args.rows}x{args.tokens}"
         result["runs"][key] = {"environment": environment(), "repeats": args.repeats, "rows": rows}
         write_json(args.output, result)
-
-
-def picked(names: list[str]) -> list[tuple[str, tuple[str, dict[str, str]]]]:
-    return [(name, MODELS[name]) for name in names]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -75,30 +75,30 @@ class ScaffoldTensor:
         self.fill([start], values)
         return values[0]
 
-    def fill(self, starts: Sequence[int], out: torch.Tensor, words: torch.Tensor | None = None) -> None:
+    def fill(self, starts: Sequence[int] | torch.Tensor, out: torch.Tensor, words: torch.Tensor | None = None) -> None:
         """Draw the run of elements from `starts[i]` on into row i of a contiguous `out`, shape `(n, length)`.
 
         Where `out` is: on the CPU or, with kernels for it, on a GPU. `words` are the tensor's, uint8, if they are held.
+        Starts that are on a GPU are not waited for.
         """
         kernels = kernels_for(out.device)
-        key = stream_key(self.seed, self.name)
+        width = self.numel // self.shape[0]
+        low, high = (0, 0) if self.zero_row is None else (self.zero_row * width, (self.zero_row + 1) * width)
         if kernels is not None:
-            at = torch.tensor(starts, device=out.device)
-            kernels.draw(out, self.table_on(out.dtype, out.device), tuple(key.tolist()), at, words)
-        elif out.device.type == "cpu":
-            held = None if words is None else words.cpu().numpy().view("<u8")
-            draw_blocks(self._draws(dict(zip(starts, out, strict=True)), held))
-        else:
+            at = torch.as_tensor(starts, device=out.device)
+            key = tuple(stream_key(self.seed, self.name).tolist())
+            kernels.draw(out, self.table_on(out.dtype, out.device), key, at, words, (low, high))
+            return
+        if out.device.type != "cpu":
             values = torch.empty_like(out, device="cpu")
             self.fill(starts, values, words)
             out.copy_(values)
             return
-        if self.zero_row is not None:
-            width = self.numel // self.shape[0]
-            low, high = self.zero_row * width, (self.zero_row + 1) * width
-            for run, start in zip(out, starts, strict=True):
-                if start < high and start + len(run) > low:
-                    run[max(0, low - start) : high - start] = 0
+        runs = list(zip(starts.tolist() if isinstance(starts, torch.Tensor) else starts, out, strict=True))
+        draw_blocks(self._draws(runs, None if words is None else words.cpu().numpy().view("<u8")))
+        for start, run in runs:
+            if start < high and start + len(run) > low:
+                run[max(0, low - start) : high - start] = 0
 
     def digest(self) -> str:
         """BLAKE2b-128 over name, shape, table, scale and the float32 stream values of 66 runs.
@@ -119,9 +119,11 @@ class ScaffoldTensor:
         """Its values by code, shape `(2**bits,)`, as a tensor there."""
         return _table_on(get_family(self.family), self.scale, dtype, device)
 
-    def _draws(self, runs: Mapping[int, torch.Tensor], words: np.ndarray[Any, Any] | None = None) -> Iterator[Draw]:
+    def _draws(
+        self, runs: Iterable[tuple[int, torch.Tensor]], words: np.ndarray[Any, Any] | None = None
+    ) -> Iterator[Draw]:
         key = stream_key(self.seed, self.name)
-        for start, run in runs.items():
+        for start, run in runs:
             yield Draw(flat_bits(run), _table(get_family(self.family), self.scale, run.dtype), key, start, words)
 
 
@@ -148,7 +150,7 @@ def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | Non
     Others one at a time: on a GPU by a kernel, else on the CPU, to be copied. The values are the same.
     """
     direct = {s: t.detach() for s, t in targets.items() if s.exact and t.device.type == "cpu" and t.is_contiguous()}
-    draw_blocks((draw for scaffold, tensor in direct.items() for draw in scaffold._draws({0: tensor})), threads)
+    draw_blocks((draw for scaffold, tensor in direct.items() for draw in scaffold._draws([(0, tensor)])), threads)
     for scaffold, tensor in direct.items():
         if scaffold.zero_row is not None:
             tensor[scaffold.zero_row] = 0

@@ -51,13 +51,16 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     key_1: tl.uint64,
     length,
     parts,
+    zero_from,
+    zero_to,
     BITS: tl.constexpr,
     HELD: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """Elements `[starts[i], starts[i] + length)` of a stream into row i of `out`, in `parts` parts by as many programs.
 
-    BITS: of an element, or 64 for the words themselves. HELD: whether `words` has the stream's, or they are drawn.
+    Elements from `zero_from` up to `zero_to` are zero. BITS: of an element, or 64 for the words themselves. HELD:
+    whether `words` has the stream's, or they are drawn.
     """
     PER_WORD: tl.constexpr = 64 // BITS
     run, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -78,6 +81,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
         shift = (tl.arange(0, PER_WORD) * BITS).to(tl.uint64)
         code = ((word[:, None] >> shift[None, :]) & ((1 << BITS) - 1)).to(tl.int32)
         value = tl.load(values + code)
+        at = element + start
+        value = tl.where((at >= zero_from) & (at < zero_to), 0.0, value)
     inside = (element >= 0) & (element < length)
     tl.store(out + run.to(tl.int64) * length + element, value, mask=inside)
 
@@ -145,7 +150,8 @@ def draw(
     values: torch.Tensor | None,
     key: tuple[int, int],
     starts: torch.Tensor,
-    words: torch.Tensor | None,
+    words: torch.Tensor | None = None,
+    zeros: tuple[int, int] = (0, 0),
 ) -> None:
     """Fill row i of `out` with a stream's elements from `starts[i]` on.
 
@@ -155,6 +161,7 @@ def draw(
         key: the stream's Philox key.
         starts: int64, shape `(n,)`.
         words: the stream's from the first on, if they are in memory, as uint8.
+        zeros: which elements are zero whatever the stream says, from the first up to the second.
     """
     runs, length = out.shape
     if out.numel() == 0:
@@ -164,7 +171,8 @@ def draw(
     parts = triton.cdiv(length + 256 // bits - 1, blocks * 256 // bits)  # the first block may begin before the run
     held = out if words is None else words.view(torch.int64)
     table = out if values is None else values
-    draw_kernel[(runs * parts,)](out, table, held, starts, *key, length, parts, bits, words is not None, blocks)
+    sizes = (length, parts, *zeros)
+    draw_kernel[(runs * parts,)](out, table, held, starts, *key, *sizes, bits, words is not None, blocks)
 
 
 def packed_linear(

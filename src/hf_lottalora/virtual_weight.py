@@ -112,7 +112,7 @@ class VirtualWeight(torch.Tensor):
             return np.array_equal(words, draw_words(key, len(words)))
         return all(np.array_equal(words[at : at + 1], random_words(key, at, 1)) for at in run_starts(len(words)))
 
-    def slices(self, starts: list[int], length: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    def slices(self, starts: list[int] | torch.Tensor, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Runs `[start, start + length)` of the flattened scaffold tensor, shape `(len(starts), length)`."""
         drawn, *casts = self.casts
         if out is None:
@@ -238,7 +238,7 @@ def pack(scaffold: ScaffoldTensor, device: torch.device | str = "cpu") -> torch.
     if kernels is None:
         return torch.from_numpy(draw_words(key, count).view(np.uint8)).to(device)
     words = torch.empty(1, count, dtype=torch.int64, device=device)
-    kernels.draw(words, None, tuple(key.tolist()), torch.zeros(1, dtype=torch.int64, device=device), None)
+    kernels.draw(words, None, tuple(key.tolist()), torch.zeros(1, dtype=torch.int64, device=device))
     return words.view(-1).view(torch.uint8)
 
 
