@@ -174,6 +174,13 @@ def test_loading_from_the_artifact_alone(mode: str, tmp_path: Path) -> None:
         AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, residency="none")
 
 
+def test_what_it_was_switched_to_is_saved(mode: str, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config())
+    model.set_residency(mode)
+    model.save_pretrained(tmp_path)
+    assert AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path).residency == mode
+
+
 def test_lives_of_a_model(mode: str) -> None:
     dense = get_peft_model(llama(), config(embeddings="frozen"))
     model = get_peft_model(llama(), config(embeddings="frozen", residency=mode))
@@ -205,6 +212,11 @@ def test_merging_needs_memory_until_it_is_undone(mode: str) -> None:
         model.set_residency(mode)
     model.unmerge_adapter()
     assert model.residency == mode and torch.equal(logits(model), expected)
+    assert sum(isinstance(p, VirtualWeight) for p in model.parameters()) == len(model.get_plan().scaffold)
+    model.merge_adapter()
+    with model.disable_adapter():  # as in PEFT, layers that run now are unmerged
+        logits(model)
+    assert torch.equal(logits(model), expected)
     assert sum(isinstance(p, VirtualWeight) for p in model.parameters()) == len(model.get_plan().scaffold)
     merged = model.merge_and_unload()
     assert not any(isinstance(p, VirtualWeight) for p in merged.parameters())

@@ -168,7 +168,7 @@ class LottaLoraConfig(LoraConfig):
             "help": "Where the frozen scaffold is: 'dense' in memory, 'packed' as its random words, k bits a weight, "
             "'int4' as codes of torch's int4 kernel on CPUs (binary and ternary families, fastest decoding), "
             "'streamed' nowhere: drawn at each use. The values are the same to the bit; "
-            "`model.set_residency(...)` switches. The first adapter's counts."
+            "`model.set_residency(...)` switches, for saving too. The first adapter's counts."
         },
     )
     save_kept: bool = field(

@@ -21,6 +21,7 @@ class Merging:
     trained: TrainedTensors
     first_plan: Plan
     active_adapters: list[str]
+    peft_config: dict[str, Any]
     _switched: int
     _off: int
 
@@ -55,6 +56,8 @@ class Merging:
             raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
         self.base.set_residency(self.first_plan, residency)
         self.residency = residency
+        for config in self.peft_config.values():
+            config.residency = residency  # as it will be saved
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. A scaffold that is packed or streamed is dense until `unmerge_adapter`.
@@ -97,7 +100,7 @@ class Merging:
         return any(isinstance(module, ScaffoldLayer) and module.merged for module in self.model.modules())
 
     def _restore_residency(self) -> None:
-        if not self._merged():
+        if self.residency != "dense" and not self._merged():
             self.base.set_residency(self.first_plan, self.residency)
 
     def _check_unswitched(self) -> None:

@@ -197,6 +197,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._set_trained_grad(self.active_adapters, enabled)
+        if enabled:
+            self._restore_residency()  # a merged layer that ran while adapters were off has unmerged itself
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Enable or disable gradients on adapters and their trained tensors."""
