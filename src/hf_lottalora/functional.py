@@ -54,9 +54,11 @@ class ScaledLinear(torch.autograd.Function):
             W_OI = _as_OI(weight, weight_is_IO, dtype)
             y_NO = few_rows_product(x_NI, W_OI, bias, beta, A, B, scaling)
             if y_NO is None:
-                y_NO = _times(F.linear(x_NI, W_OI), beta)
+                y_NO = F.linear(x_NI, W_OI)
                 if A is not None and B is not None:
-                    y_NO = _plus_product(y_NO, F.linear(x_NI, A.to(dtype)), B.to(dtype).t(), scaling)
+                    y_NO = _times_plus(y_NO, beta, F.linear(x_NI, A.to(dtype)), B.to(dtype).t(), scaling)
+                else:
+                    y_NO = _times(y_NO, beta)
                 if bias is not None:
                     y_NO = y_NO + bias.to(dtype) if _transformed() else y_NO.add_(bias)
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
@@ -83,12 +85,12 @@ class ScaledLinear(torch.autograd.Function):
             if need_beta:
                 exact = torch.promote_types(dtype, torch.float32)
                 dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
-            if need_x:
-                dx = _times(dx, beta)
-            if A is not None and B is not None:
+            if A is None or B is None:
+                dx = _times(dx, beta) if need_x else None
+            else:
                 gB_Nr = g_NO @ B.to(dtype)
                 if need_x:
-                    dx = _plus_product(dx, gB_Nr, A.to(dtype), scaling)
+                    dx = _times_plus(dx, beta, gB_Nr, A.to(dtype), scaling)
                 if need_A:
                     dA = (scaling * (gB_Nr.t() @ x_NI)).to(A.dtype)
                 if need_B:
@@ -187,8 +189,16 @@ def _times(y: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     return y * beta.to(y.dtype) if _transformed() else y.mul_(beta)
 
 
-def _plus_product(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
-    return y + scaling * (left @ right) if _transformed() else y.addmm_(left, right, alpha=scaling)
+def _times_plus(
+    y: torch.Tensor, beta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """`beta * y + scaling * left @ right`, in y's memory where that is allowed."""
+    if _transformed():
+        return _times(y, beta) + scaling * (left @ right)
+    if type(y) is torch.Tensor and y.device.type == "cpu" and not torch.compiler.is_compiling():
+        # One pass over y. Elsewhere reading beta would wait for the device, or break the graph.
+        return y.addmm_(left, right, beta=beta.item(), alpha=scaling)
+    return y.mul_(beta).addmm_(left, right, alpha=scaling)
 
 
 def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
