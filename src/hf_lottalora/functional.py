@@ -88,13 +88,15 @@ class ScaledLinear(torch.autograd.Function):
             if A is None or B is None:
                 dx = _times(dx, beta) if need_x else None
             else:
-                gB_Nr = g_NO @ B.to(dtype)
+                # Products with r rows are up to twice as fast on CPUs as those with r columns.
+                gB_rN = B.to(dtype).t() @ g_NO.t()
                 if need_x:
-                    dx = _times_plus(dx, beta, gB_Nr, A.to(dtype), scaling)
+                    dx = _times_plus(dx, beta, gB_rN.t(), A.to(dtype), scaling)
                 if need_A:
-                    dA = (scaling * (gB_Nr.t() @ x_NI)).to(A.dtype)
+                    dA = (scaling * (gB_rN @ x_NI)).to(A.dtype)
                 if need_B:
-                    dB = (scaling * (g_NO.t() @ F.linear(x_NI, A.to(dtype)))).to(B.dtype)
+                    dB_rO = scaling * ((A.to(dtype) @ x_NI.t()) @ g_NO)
+                    dB = dB_rO.t().to(B.dtype).contiguous()
             if need_weight:
                 dweight = (g_NO.t() @ x_NI * beta).to(weight.dtype)
                 dweight = dweight.t() if ctx.weight_is_IO else dweight

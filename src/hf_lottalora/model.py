@@ -299,8 +299,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                 elif tuner.base.is_bare(path):
                     getattr(*owner_of(tuner.model, path)).copy_(value)
                 # else another adapter's copy stands there; the base value is shared and was checked to be the same
-        # Copies: with low_cpu_mem_usage these very tensors are installed, and as a file has them they are not aligned, on
-        # which the rounding of products depends.
+        # Copies: with low_cpu_mem_usage these very tensors are installed, and as a file has them they are not aligned,
+        # on which the rounding of products depends.
         copies = {key: value.clone() for key, value in state_dict.items()}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, copies
