@@ -1,15 +1,16 @@
-"""Write the tables of docs/results.md from the result files, each between its two marks.
+"""Write the tables of docs/results.md and docs/performance.md from the result files, each between its two marks.
 
-python benchmarks/tables.py            # rewrite the page
-python benchmarks/tables.py --check    # only say whether it is up to date
+python benchmarks/tables.py            # rewrite the pages
+python benchmarks/tables.py --check    # only say whether they are up to date
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cifar10
 import mnist
@@ -18,7 +19,8 @@ import mnist_seed_gating
 import physionet
 from report import read_json
 
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("results.md", "performance.md")]
+PERFORMANCE = Path(__file__).parent / "results" / "perf"
 
 
 def _ablation(table: str) -> Callable[[], str]:
@@ -29,12 +31,37 @@ def _ablation(table: str) -> Callable[[], str]:
     return text
 
 
+def _performance(script: str, *keys: str) -> Callable[[], str]:
+    """The rows of a script's runs, of all or of those named, a table each."""
+
+    def text() -> str:
+        runs = read_json(PERFORMANCE / f"{script}.json")["runs"]
+        return "\n\n".join("\n".join(_rows(key, run)) for key, run in runs.items() if not keys or key in keys)
+
+    return text
+
+
+def _rows(key: str, run: dict[str, Any]) -> Iterator[str]:
+    columns = [name for name in run["rows"][0] if any(row[name] != "" for row in run["rows"])]
+    yield f"| {key} | {' | '.join(columns[1:])} |"
+    yield "|---|" + "---:|" * (len(columns) - 1)
+    for row in run["rows"]:
+        cells = [row[name] for name in columns]
+        yield "| " + " | ".join(_number(cell) if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "mnist": lambda: mnist.table(mnist.summarise(read_json(mnist.RESULTS)["runs"])),
     **{table: _ablation(table) for table in mnist_ablations.TABLES},
     "seed gating": lambda: mnist_seed_gating.table(read_json(mnist_seed_gating.RESULTS)["runs"]),
     "physionet": lambda: physionet.table(read_json(physionet.RESULTS)["runs"]),
     "cifar10": lambda: cifar10.table(read_json(cifar10.RESULTS)["runs"]),
+    **{script: _performance(script) for script in ("conv", "decode", "large", "step", "training")},
+    **{script: _performance(script, "900M") for script in ("draw", "ready")},
 }
 
 
@@ -51,11 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with an error if the page is not up to date")
     args = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    new = filled(page)
-    if args.check:
-        raise SystemExit(0 if new == page else f"{PAGE} is not what the result files say: run {__file__}.")
-    PAGE.write_text(new, encoding="utf-8")
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        new = filled(page)
+        if args.check and new != page:
+            raise SystemExit(f"{path} is not what the result files say: run {__file__}.")
+        if not args.check:
+            path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_several_programs_draw_a_tensor(bits: int) -> None:
 def test_rows_of_a_table_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids stay on the device, as a CUDA graph needs."""
     scaffold = ScaffoldTensor("a.weight", (50, 6), 3, "normal_4bit", 0.5, zero_row=3)
-    ids = torch.tensor([[3, 49, 0], [7, 7, 3]], device=DEVICE)
+    ids = torch.tensor([[3, 49, 0], [7, 7, 3]], device=DEVICE, dtype=torch.int32)
     expected = on_cpu(scaffold, torch.float32)[ids.cpu()]
     weight = resident(scaffold, "packed", torch.float32, DEVICE)
     for name in ("tolist", "item", "cpu", "unique", "__bool__"):

@@ -85,7 +85,7 @@ class ScaffoldTensor:
         width = self.numel // self.shape[0]
         low, high = (0, 0) if self.zero_row is None else (self.zero_row * width, (self.zero_row + 1) * width)
         if kernels is not None:
-            at = torch.as_tensor(starts, device=out.device)
+            at = torch.as_tensor(starts, dtype=torch.int64, device=out.device)
             key = tuple(stream_key(self.seed, self.name).tolist())
             kernels.draw(out, self.table_on(out.dtype, out.device), key, at, words, (low, high))
             return

@@ -6,6 +6,9 @@ CPU tensors. Both kernels give the values of `draw`, to the bit.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -172,7 +175,13 @@ def draw(
     held = out if words is None else words.view(torch.int64)
     table = out if values is None else values
     sizes = (length, parts, *zeros)
-    draw_kernel[(runs * parts,)](out, table, held, starts, *key, *sizes, bits, words is not None, blocks)
+    with _device_of(out):
+        draw_kernel[(runs * parts,)](out, table, held, starts, *key, *sizes, bits, words is not None, blocks)
+
+
+def _device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its arguments say."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def packed_linear(
@@ -204,27 +213,28 @@ def packed_linear(
     bits = len(values).bit_length() - 1
     rank = 0 if hidden is None else hidden.shape[1]
     block = 16 if outputs <= 4096 else 32
-    packed_linear_kernel[(triton.cdiv(outputs, block),)](
-        y,
-        x.contiguous(),
-        words.view(torch.int32),
-        values,
-        x if beta is None else beta,
-        x if bias is None else bias,
-        x if hidden is None else hidden.contiguous(),
-        x if B is None else B.contiguous(),
-        rows,
-        outputs,
-        inputs,
-        rank,
-        scaling,
-        BITS=bits,
-        HAS_BETA=beta is not None,
-        HAS_BIAS=bias is not None,
-        RANK=0 if rank == 0 else max(16, triton.next_power_of_2(rank)),
-        ROWS=MOST_ROWS,
-        OUTPUTS=block,
-        INPUTS=128,
-        WIDEN=x.device.type == "cpu",  # the interpreter multiplies bfloat16 as if they were integers
-    )
+    with _device_of(x):
+        packed_linear_kernel[(triton.cdiv(outputs, block),)](
+            y,
+            x.contiguous(),
+            words.view(torch.int32),
+            values,
+            x if beta is None else beta,
+            x if bias is None else bias,
+            x if hidden is None else hidden.contiguous(),
+            x if B is None else B.contiguous(),
+            rows,
+            outputs,
+            inputs,
+            rank,
+            scaling,
+            BITS=bits,
+            HAS_BETA=beta is not None,
+            HAS_BIAS=bias is not None,
+            RANK=0 if rank == 0 else max(16, triton.next_power_of_2(rank)),
+            ROWS=MOST_ROWS,
+            OUTPUTS=block,
+            INPUTS=128,
+            WIDEN=x.device.type == "cpu",  # the interpreter multiplies bfloat16 as if they were integers
+        )
     return y

@@ -118,7 +118,9 @@ def _embedding(weight: torch.Tensor, ids: torch.Tensor, *args: Any, **kwargs: An
     if not isinstance(weight, VirtualWeight) or weight.transposed:
         return NotImplemented
     if kernels_for(weight.device) is not None:  # as torch does there, without waiting to look at the ids
-        return weight.slices(ids.reshape(-1) * weight.shape[1], weight.shape[1]).view(*ids.shape, weight.shape[1])
+        return weight.slices(ids.reshape(-1).long() * weight.shape[1], weight.shape[1]).view(
+            *ids.shape, weight.shape[1]
+        )
     unique, inverse = ids.reshape(-1).unique(return_inverse=True)
     if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < weight.shape[0]:
         raise IndexError(f"index out of range: rows {int(unique[0])} to {int(unique[-1])} of {weight.shape[0]}")
