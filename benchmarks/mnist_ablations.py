@@ -107,6 +107,7 @@ def variants(table: str) -> Iterator[Variant]:
 
 
 TABLES = ("families", "resampling", "scaffold", "b_init", "heads")
+SMALLER = ("kaiming_normal", "kaiming_uniform", "spectral_radius")  # families with less than the fan-in scale
 LAYERS = [*(f"hidden.{i}" for i in range(len(WIDTHS["medium"]))), "head"]
 
 
@@ -148,8 +149,11 @@ def markdown(table: str, found: list[dict[str, Any]]) -> str:
         beta = f"{row['beta_min']:.3f} / {row['beta_median']:.3f}"
         lines.append(f"| {row['variant']} | {row['r']} | {score} | {row['paper'] or ''} | {row['seeds']} | {beta} |")
     if table == "families" and len(found) > 1:
-        means = [row["mean"] for row in found]
-        lines.append(f"\nSpread of the means: {max(means) - min(means):.2f} points.")
+        spreads = []
+        for kept in (found, [row for row in found if row["variant"] not in SMALLER]):
+            means = [row["mean"] for row in kept]
+            spreads.append(f"{max(means) - min(means):.2f}")
+        lines.append(f"\nSpread of the means: {spreads[0]} points, {spreads[1]} without {', '.join(SMALLER)}.")
     return "\n".join(lines)
 
 

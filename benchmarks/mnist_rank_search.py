@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="default: 1 to 64")
     parser.add_argument("--epsilon", type=float, default=0.5, help="points of error (default: 0.5)")
     args = parse_mnist(parser, RESULTS)
+    if args.workers > 1:
+        parser.error("each run of the search depends on those before it: pass --threads instead of --workers")
     result = results_so_far(args, preset="medium", epsilon=args.epsilon)
     load_data(args)
 
