@@ -145,6 +145,27 @@ def test_training_goes_on_where_it_stopped(saved: tuple[PeftModel, Path]) -> Non
     assert wanted == {name for name, parameter in again.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.parametrize("embeddings", ["train", "lora"])
+def test_a_model_in_bfloat16_loses_nothing(embeddings: str, tmp_path: Path) -> None:
+    """Its adapters are float32; no way of loading may round them to the model's dtype."""
+
+    def half() -> torch.nn.Module:
+        return llama().to(torch.bfloat16)
+
+    model = get_peft_model(half(), config(task_type="CAUSAL_LM", embeddings=embeddings))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    for again in (
+        AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path),
+        PeftModel.from_pretrained(half(), tmp_path),
+        PeftModel.from_pretrained(half(), tmp_path, low_cpu_mem_usage=True),
+    ):
+        found = dict(again.named_parameters())
+        for name, value in model.named_parameters():
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert torch.equal(logits(again), logits(model))
+
+
 def test_low_cpu_mem_usage(saved: tuple[PeftModel, Path]) -> None:
     model, folder = saved
     again = PeftModel.from_pretrained(llama(), folder, low_cpu_mem_usage=True)

@@ -40,6 +40,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             self.lora_norm_weight, self.lora_norm_bias = nn.ParameterDict(), nn.ParameterDict()
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             self.residual: dict[str, bool] = {}
+            self._made: set[str] = set()
+        self._made.discard(adapter_name)
         self.lora_beta[adapter_name] = nn.Parameter(torch.ones(1))
         self.residual[adapter_name] = config.residual
         if config.use_dora:
@@ -51,6 +53,20 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             self.lora_norm_weight[adapter_name] = nn.Parameter(torch.ones(self.out_features))
             self.lora_norm_bias[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self._made.add(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self._made:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            return
+        # PEFT's would also round to the base layer's dtype what low_cpu_mem_usage has just read from a file.
+        device = device or self.get_base_layer().weight.device
+        for role in self.adapter_layer_names:
+            held = getattr(self, role, {})
+            if adapter_name in held:
+                item = held[adapter_name]
+                for tensor in item.parameters() if isinstance(item, nn.Module) else [item]:
+                    tensor.data = tensor.data.to(device)
 
     def freeze_beta(self, adapter_name: str) -> None:
         """Beta stays as it is, whatever PEFT switches on."""
