@@ -164,6 +164,8 @@ def test_a_model_in_bfloat16_loses_nothing(embeddings: str, tmp_path: Path) -> N
         for name, value in model.named_parameters():
             assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
         assert torch.equal(logits(again), logits(model))
+    rounded = AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, autocast_adapter_dtype=False)
+    assert {p.dtype for name, p in rounded.named_parameters() if "lora_A" in name} == {torch.bfloat16}
 
 
 def test_low_cpu_mem_usage(saved: tuple[PeftModel, Path]) -> None:

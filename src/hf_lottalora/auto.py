@@ -113,7 +113,8 @@ class _AutoLottaLora:
             adapter_name=adapter_name,
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=True,  # no starting values for what the artifact has
+            # No starting values for what the artifact has; its tensors come with the file's dtype.
+            low_cpu_mem_usage=autocast_adapter_dtype,
             torch_device="cpu",
             config=config,
             **hub_kwargs,
