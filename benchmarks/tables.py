@@ -15,9 +15,12 @@ from typing import Any
 import cifar10
 import mnist
 import mnist_ablations
+import mnist_rank_search
 import mnist_seed_gating
 import physionet
 from report import read_json
+
+from hf_lottalora import RankSearch
 
 PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("results.md", "performance.md")]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
@@ -29,6 +32,12 @@ def _ablation(table: str) -> Callable[[], str]:
         return mnist_ablations.markdown(table, mnist_ablations.rows(table, runs))
 
     return text
+
+
+def _rank_search() -> str:
+    found = read_json(mnist_rank_search.RESULTS)
+    losses = {int(rank): {int(seed): loss for seed, loss in runs.items()} for rank, runs in found["runs"].items()}
+    return f"```\n{RankSearch(found['rank'], found['epsilon'], losses)}\n```"
 
 
 def _performance(script: str, *keys: str) -> Callable[[], str]:
@@ -57,6 +66,7 @@ def _number(value: float) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "mnist": lambda: mnist.table(mnist.summarise(read_json(mnist.RESULTS)["runs"])),
     **{table: _ablation(table) for table in mnist_ablations.TABLES},
+    "rank search": _rank_search,
     "seed gating": lambda: mnist_seed_gating.table(read_json(mnist_seed_gating.RESULTS)["runs"]),
     "physionet": lambda: physionet.table(read_json(physionet.RESULTS)["runs"]),
     "cifar10": lambda: cifar10.table(read_json(cifar10.RESULTS)["runs"]),
