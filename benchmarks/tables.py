@@ -37,7 +37,7 @@ def _ablation(table: str) -> Callable[[], str]:
 def _rank_search() -> str:
     found = read_json(mnist_rank_search.RESULTS)
     losses = {int(rank): {int(seed): loss for seed, loss in runs.items()} for rank, runs in found["runs"].items()}
-    return f"```\n{RankSearch(found['rank'], found['epsilon'], losses)}\n```"
+    return f"```\n{RankSearch(found['rank'], found['settings']['epsilon'], losses)}\n```"
 
 
 def _performance(script: str, *keys: str) -> Callable[[], str]:
