@@ -163,9 +163,34 @@ def test_a_model_in_bfloat16_loses_nothing(embeddings: str, tmp_path: Path) -> N
         found = dict(again.named_parameters())
         for name, value in model.named_parameters():
             assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+            assert not found[name].requires_grad, name
         assert torch.equal(logits(again), logits(model))
-    rounded = AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, autocast_adapter_dtype=False)
-    assert {p.dtype for name, p in rounded.named_parameters() if "lora_A" in name} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True, "layer_norm": True}, {"embeddings": "lora"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_every_way_of_loading_gives_the_same_dtypes(
+    options: dict[str, Any], dtype: torch.dtype, autocast: bool, tmp_path: Path
+) -> None:
+    get_peft_model(llama(), config(task_type="CAUSAL_LM", **options)).save_pretrained(tmp_path)
+
+    def signature(model: torch.nn.Module) -> dict[str, tuple[torch.dtype, bool]]:
+        return {name: (parameter.dtype, parameter.requires_grad) for name, parameter in model.named_parameters()}
+
+    def loaded(**how: Any) -> dict[str, tuple[torch.dtype, bool]]:
+        return signature(PeftModel.from_pretrained(llama().to(dtype), tmp_path, autocast_adapter_dtype=autocast, **how))
+
+    found = loaded()
+    adapters = {kind for name, kind in found.items() if "lora_" in name}
+    assert adapters == {(torch.float32 if autocast and dtype == torch.bfloat16 else dtype, False)}
+    assert found == loaded(low_cpu_mem_usage=True)
+    assert found == signature(
+        AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, autocast_adapter_dtype=autocast)
+    )
+    trainable = loaded(is_trainable=True)
+    assert {name for name, (_, wanted) in trainable.items() if wanted} >= {name for name in found if "lora_" in name}
+    assert loaded(is_trainable=True, low_cpu_mem_usage=True) == trainable
 
 
 def test_low_cpu_mem_usage(saved: tuple[PeftModel, Path]) -> None:

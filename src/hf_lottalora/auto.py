@@ -114,7 +114,7 @@ class _AutoLottaLora:
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
             # No starting values for what the artifact has; its tensors come with the file's dtype.
-            low_cpu_mem_usage=autocast_adapter_dtype,
+            low_cpu_mem_usage=True,
             torch_device="cpu",
             config=config,
             **hub_kwargs,

@@ -9,6 +9,7 @@ equation exactly.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,17 +57,20 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         self._made.add(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name not in self._made:
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-            return
-        # PEFT's would also round to the base layer's dtype what low_cpu_mem_usage has just read from a file.
-        device = device or self.get_base_layer().weight.device
+        # PEFT's leaves the dtype of what is on the meta device, and rounds to the base layer's dtype what
+        # low_cpu_mem_usage has just read from a file; of those in a ParameterDict it makes new, trainable ones.
+        W = self.get_base_layer().weight
+        dtype = None if adapter_name in self._made else W.dtype
+        for tensor in self.adapter_parameters(adapter_name):
+            tensor.data = tensor.data.to("meta" if tensor.is_meta else device or W.device, dtype)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Those of one adapter here, in an order that does not change."""
         for role in self.adapter_layer_names:
             held = getattr(self, role, {})
             if adapter_name in held:
                 item = held[adapter_name]
-                for tensor in item.parameters() if isinstance(item, nn.Module) else [item]:
-                    tensor.data = tensor.data.to(device)
+                yield from item.parameters() if isinstance(item, nn.Module) else (item,)
 
     def freeze_beta(self, adapter_name: str) -> None:
         """Beta stays as it is, whatever PEFT switches on."""

@@ -210,6 +210,15 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             for parameter in self.trained.parameters_of(self.model, name).values():
                 parameter.requires_grad_(requires_grad)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's makes new parameters of those in a ParameterDict, trainable ones: keep what was frozen frozen."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, ScaffoldLayer)]
+        frozen = [[not p.requires_grad for p in layer.adapter_parameters(adapter_name)] for layer in layers]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, flags in zip(layers, frozen, strict=True):
+            for parameter, flag in zip(layer.adapter_parameters(adapter_name), flags, strict=True):
+                parameter.requires_grad_(not flag)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its trained tensors; another one becomes active if it was."""
         self.trained.check_removable(adapter_name)
@@ -299,13 +308,11 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                 elif tuner.base.is_bare(path):
                     getattr(*owner_of(tuner.model, path)).copy_(value)
                 # else another adapter's copy stands there; the base value is shared and was checked to be the same
-        # Copies: with low_cpu_mem_usage these very tensors are installed, and as a file has them they are not aligned,
-        # on which the rounding of products depends.
-        copies = {key: value.clone() for key, value in state_dict.items()}
-        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, copies
-        )
-        return remapped
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # With low_cpu_mem_usage these very tensors are installed. In the file's dtype the model would compute otherwise
+        # than without; as they lie in a file they are not aligned, on which the rounding of products depends.
+        live = model.state_dict()
+        return {key: value.to(live[key].dtype, copy=True) if key in live else value for key, value in remapped.items()}
 
     # ---- looking --------------------------------------------------------------------------------------------------
 
