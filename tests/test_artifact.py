@@ -119,6 +119,19 @@ def test_another_attention_implementation(saved: tuple[PeftModel, Path]) -> None
 
 
 @pytest.mark.parametrize(
+    ("wanted", "found"), [("auto", torch.float32), ("float16", torch.float16), (torch.float64, torch.float64)]
+)
+def test_dtypes_are_named_as_in_transformers(saved: tuple[PeftModel, Path], wanted: Any, found: torch.dtype) -> None:
+    assert AutoLottaLoraModelForCausalLM.from_pretrained(saved[1], dtype=wanted).dtype is found
+
+
+@pytest.mark.parametrize("wanted", ["half precision", "int8", torch.int8, 16])
+def test_what_is_no_dtype(saved: tuple[PeftModel, Path], wanted: Any) -> None:
+    with pytest.raises(ValueError, match="dtype must be a floating-point dtype of torch, its name, or 'auto', got"):
+        AutoLottaLoraModelForCausalLM.from_pretrained(saved[1], dtype=wanted)
+
+
+@pytest.mark.parametrize(
     ("options", "says", "loader"),
     [
         ({}, "Nothing else is needed to rebuild it", True),

@@ -50,8 +50,22 @@ def test_paper_defaults() -> None:
         ({"r": 0}, ValueError, "r must be a positive integer, got 0"),
         ({"r": -3}, ValueError, "r must be a positive integer, got -3"),
         ({"r": 2.0}, ValueError, "r must be a positive integer, got 2.0"),
-        ({"rank_pattern": {"q_proj": 0}}, ValueError, "rank_pattern must be a positive integer"),
-        ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must be in \[0, 1\)"),
+        ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\] must be a positive integer"),
+        ({"rank_pattern": [2]}, ValueError, r"rank_pattern must be a dict .*, got \[2\]"),
+        ({"alpha_pattern": {"q_proj": -4.0}}, ValueError, r"alpha_pattern\['q_proj'\] must be a positive number"),
+        ({"alpha_pattern": {"q_proj": "x"}}, ValueError, r"alpha_pattern\['q_proj'\] must be a positive number"),
+        ({"family_pattern": None}, ValueError, "family_pattern must be a dict .*, got None"),
+        ({"family_pattern": {"(": "binary"}}, ValueError, r"family_pattern: '\(' is no regular expression: missing \)"),
+        ({"target_modules": "("}, ValueError, r"target_modules: '\(' is no regular expression"),
+        ({"target_modules": 3}, ValueError, "target_modules must be a list of module names or a regular .*, got 3"),
+        ({"exclude_modules": [3]}, ValueError, "exclude_modules must be a list of module names"),
+        ({"lora_dropout": "0.1"}, ValueError, r"lora_dropout must be a number in \[0, 1\), got '0.1'"),
+        ({"lora_dropout": None}, ValueError, r"lora_dropout must be a number in \[0, 1\), got None"),
+        ({"lora_alpha": float("nan")}, ValueError, "lora_alpha must be a positive number, got nan"),
+        ({"lora_alpha": float("inf")}, ValueError, "lora_alpha must be a positive number, got inf"),
+        ({"use_dora": "yes"}, ValueError, "use_dora must be True or False, got 'yes'"),
+        ({"use_rslora": "no"}, ValueError, "use_rslora must be True or False, got 'no'"),
+        ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must be a number in \[0, 1\), got 1.0"),
         ({"redraw": "some"}, ValueError, "redraw must be one of"),
         ({"embeddings": "drawn"}, ValueError, "embeddings must be one of"),
         ({"head": "frozen"}, ValueError, "head must be one of"),
@@ -87,7 +101,7 @@ def test_bad_values_are_refused_by_name(changes: dict[str, Any], error: type[Exc
 
 def test_every_lora_option_is_taken_or_refused() -> None:
     """A new PEFT option must be looked at before it passes: this list is what the layer really honours."""
-    from hf_lottalora.config import _REFUSED
+    from hf_lottalora.config_checks import REFUSED
 
     honoured = {
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
@@ -95,7 +109,7 @@ def test_every_lora_option_is_taken_or_refused() -> None:
         "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
         "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
     }  # fmt: skip
-    assert {field.name for field in dataclasses.fields(LoraConfig)} - honoured - set(_REFUSED) == set()
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - honoured - set(REFUSED) == set()
 
 
 def test_round_trip_through_json(tmp_path: Any) -> None:

@@ -10,6 +10,7 @@ from tiny import config, gpt2, ids, llama, mlp, perturb
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lottalora import beta_report
 from hf_lottalora.layer import ScaffoldLinear, ScaledLinear
 
 
@@ -115,6 +116,9 @@ def test_beta_has_one_dimension_and_starts_at_one() -> None:
     betas = [p for name, p in model.named_parameters() if "lora_beta" in name]
     assert len(betas) == 8 and all(p.shape == (1,) and p.item() == 1 for p in betas)
     assert set(model.get_betas().values()) == {1.0} and len(model.get_betas()) == 8
+    for look in (model.get_betas, model.get_plan, lambda name: beta_report(model, name)):
+        with pytest.raises(ValueError, match=r"There is no adapter 'typo'. There are \['default'\]"):
+            look("typo")
 
 
 def test_starting_output_is_the_scaffolds() -> None:

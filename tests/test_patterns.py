@@ -72,9 +72,9 @@ def test_beta_by_module() -> None:
         ),
         ({"rank_pattern": {"q_proj": 2, ".*proj": 3}}, "rank_pattern has several keys for"),
         ({"family_pattern": {"q_proj": "gauss"}}, "family must be one of"),
-        ({"family_pattern": {"q_proj": 1}}, r"family_pattern\['q_proj'\] must be of type str, got 1"),
-        ({"seed_pattern": {"q_proj": True}}, r"seed_pattern\['q_proj'\] must be of type int, got True"),
-        ({"train_beta_pattern": {"q_proj": 0}}, r"train_beta_pattern\['q_proj'\] must be of type bool, got 0"),
+        ({"family_pattern": {"q_proj": 1}}, r"family_pattern\['q_proj'\] must be the name of a family, got 1"),
+        ({"seed_pattern": {"q_proj": True}}, r"seed_pattern\['q_proj'\] must be an integer, got True"),
+        ({"train_beta_pattern": {"q_proj": 0}}, r"train_beta_pattern\['q_proj'\] must be True or False, got 0"),
     ],
 )
 def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:

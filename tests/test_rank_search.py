@@ -88,8 +88,11 @@ def test_what_makes_no_sense(tmp_path: Path) -> None:
     for ranks in ([], [0, 1], [True], [1.5]):
         with pytest.raises(ValueError, match="ranks must be positive integers"):
             minimum_sufficient_rank(Losses(), ranks)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"epsilon must be >= 0, got -1"):
-        minimum_sufficient_rank(Losses(), RANKS, -1)
+    for epsilon in (-1, "a", None):
+        with pytest.raises(ValueError, match=f"epsilon must be >= 0, got {epsilon!r}"):
+            minimum_sufficient_rank(Losses(), RANKS, epsilon)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ranks must be several integers, .* got 8"):
+        minimum_sufficient_rank(Losses(), 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one seed"):
         minimum_sufficient_rank(Losses(), RANKS, seeds=[])
     with pytest.raises(ValueError, match=r"train\(rank=0, seed=0\) gave the loss nan"):

@@ -34,7 +34,7 @@ class _AutoLottaLora:
         adapter_name: str = "default",
         is_trainable: bool = False,
         autocast_adapter_dtype: bool = True,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         attn_implementation: str | None = None,
         residency: Residency | None = None,
@@ -47,7 +47,7 @@ class _AutoLottaLora:
             adapter_name: name of the adapter in the model.
             is_trainable: whether to go on training it; otherwise the model is in eval mode.
             autocast_adapter_dtype: as in `PeftModel.from_pretrained`.
-            dtype: dtype of the model; default: the one it was saved in.
+            dtype: dtype of the model, or its name; default and "auto": the one it was saved in.
             device: where the model goes once it is built.
             attn_implementation: as in transformers; default: what it chooses here.
             residency: "dense", "packed", "int4" or "streamed", see `LottaLoraConfig`; default: its config's.
@@ -81,7 +81,7 @@ class _AutoLottaLora:
         architecture = AutoConfig.from_pretrained(file)
         cls._check_class(path, architecture)
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        dtype = dtype or architecture.dtype or torch.float32
+        dtype = _dtype(dtype) or architecture.dtype or torch.float32
         if config.redraw == "all" or config.save_kept:
             # Buffers must be real: rotary and position tables have no other source. Weights are drawn or read later.
             with init_empty_weights(include_buffers=False), no_init_weights():
@@ -129,6 +129,16 @@ class _AutoLottaLora:
         loader = loader_of(architecture, saved)
         advice = f"Use {loader}." if loader else f"Build the {saved} yourself and use PeftModel.from_pretrained."
         raise ValueError(f"{path} is a {saved}, which {cls.__name__} does not build. {advice}")
+
+
+def _dtype(wanted: torch.dtype | str | None) -> torch.dtype | None:
+    """None for the one that the model was saved in."""
+    if wanted is None or wanted == "auto":
+        return None
+    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point dtype of torch, its name, or 'auto', got {wanted!r}.")
+    return dtype
 
 
 class AutoLottaLoraModel(_AutoLottaLora):

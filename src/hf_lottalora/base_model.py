@@ -12,7 +12,7 @@ from .checkpoint import PREFIX
 from .layer import ScaffoldLayer
 from .plan import Plan, PlannedTensor
 from .residency import Residency, VirtualWeight, resident
-from .scaffold import ScaffoldTensor, draw_into, run_starts, sampled_digest
+from .scaffold import RUNS, ScaffoldTensor, draw_into, sampled_digest
 from .survey import clean_modules, owner_of
 from .trained import TrainedTensors
 
@@ -109,9 +109,10 @@ class BaseTensors:
         """
         bare = [tensor for tensor in plan.with_role("scaffold") if self.is_bare(tensor.path)]
         for tensor in bare if residency != "dense" else ():
-            if can_be_virtual(self.model, tensor):
+            dense = not isinstance(getattr(*owner_of(self.model, tensor.path)), VirtualWeight)
+            if dense and can_be_virtual(self.model, tensor):
                 assert isinstance(tensor.base, ScaffoldTensor)
-                self.verify(tensor.path, tensor.base, full=False)
+                self.verify(tensor.path, tensor.base)
         for tensor in bare:
             live = getattr(*owner_of(self.model, tensor.path))
             if residency == "dense":
@@ -152,30 +153,16 @@ class BaseTensors:
         """Before saving: what is not saved must be what the seed draws. A merged layer's weight is drawn again."""
         for path, spec in plan.scaffold.items():
             if self.is_bare(path):
-                self.verify(path, spec, full=False)
+                self.verify(path, spec)
 
-    def verify(self, path: str, spec: ScaffoldTensor, full: bool) -> None:
-        """Compare a live weight, in its dtype, with what the seed draws: sampled runs, or every element.
+    def verify(self, path: str, spec: ScaffoldTensor, full: bool = False, runs: int = RUNS) -> None:
+        """Compare a live weight, in its dtype, with what the seed draws: so many sampled runs, or every element.
 
         Raises:
             ValueError: they differ.
         """
         live = getattr(*owner_of(self.model, path)).detach()
-        if isinstance(live, VirtualWeight):
-            same = live.holds(spec, full)
-        elif not spec.exact:
-            drawn = spec.draw(live.dtype)
-            tolerance = max(torch.finfo(live.dtype).eps, 1e-9) * float(drawn.abs().amax())
-            same = torch.allclose(live.cpu(), drawn, rtol=0, atol=tolerance)
-        elif full:
-            same = torch.equal(spec.draw(live.dtype), live.cpu())
-        else:
-            flat = live.reshape(-1)
-            same = all(
-                torch.equal(spec.draw_slice(at, min(at + 64, spec.numel), live.dtype), flat[at : at + 64].cpu())
-                for at in run_starts(spec.numel)
-            )
-        if not same:
+        if not (live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs)):
             raise ValueError(
                 f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
                 "merged into (see unmerge_adapter), or cast to a smaller dtype and back."

@@ -6,50 +6,32 @@ import dataclasses
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from peft.utils import PeftType
 
 from .artifact import check_artifact_files, check_not_pickled, complete_artifact
-from .draw import FORMAT_VERSION, GENERATOR, check_seed
+from .config_checks import (
+    REFUSED,
+    Embeddings,
+    Head,
+    Magnitude,
+    Redraw,
+    TrainOrFrozen,
+    check_choices,
+    check_format,
+    check_numbers,
+    check_patterns,
+    check_refused,
+)
+from .draw import GENERATOR, check_seed
 from .families import get_family
 from .residency import Residency, check_residency
-from .scales import SCALE_RULES
 
 if TYPE_CHECKING:
     from .plan import Plan
-
-Redraw = Literal["all", "targets", "none"]
-Embeddings = Literal["train", "frozen", "lora"]
-TrainOrFrozen = Literal["train", "frozen"]
-Head = Literal["train", "lora", "lora_bias"]
-Magnitude = Literal["outputs", "inputs"]
-
-# Options of LoraConfig that read, decompose or rewrite the base weight, or that this version does not carry over a
-# scaffold. Each is refused by name unless it has its default value, and is left out of adapter_config.json.
-_REFUSED = {
-    "alora_invocation_tokens": "activated LoRA is not supported",
-    "arrow_config": "Arrow routing is not supported",
-    "bias": "which biases are trained is said by biases='train' or biases='frozen'",
-    "corda_config": "CorDA decomposes a pretrained weight; a scaffold is random",
-    "ensure_weight_tying": "tied embeddings always stay tied here, there is nothing to ensure",
-    "eva_config": "EVA initialises from activations of a pretrained network",
-    "fan_in_fan_out": "the layout of a weight is read off the layer",
-    "kasa_config": "KaSA truncates a pretrained weight; a scaffold is random",
-    "layer_replication": "a replicated layer would have no scaffold of its own",
-    "loftq_config": "LoftQ quantises a pretrained weight; a scaffold needs no storage",
-    "lora_bias": "a bias on lora_B is not supported",
-    "lora_ga_config": "LoRA-GA initialises from gradients of a pretrained network",
-    "megatron_config": "Megatron layers are not supported",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "target_parameters": "adapters on bare parameters are not supported",
-    "trainable_token_indices": "embeddings are trained as a whole, frozen, or adapted: see the field `embeddings`",
-    "use_bdlora": "BD-LoRA is not supported",
-    "use_qalora": "QA-LoRA needs a quantised base",
-    "velora_config": "VeLoRA is not supported",
-}
 
 
 @dataclass
@@ -210,7 +192,7 @@ class LottaLoraConfig(LoraConfig):
         self._artifact_architecture: dict[str, Any] | None = None
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
-        self._check_format(from_file)
+        check_format(self, from_file)
         if self.seed is None:
             raise TypeError(
                 "LottaLoraConfig needs a seed: the backbone is drawn from it. Pass for example seed=42."
@@ -223,16 +205,16 @@ class LottaLoraConfig(LoraConfig):
             self.adapter_seed = check_seed(self.adapter_seed, "adapter_seed")
         if self.scale is None:
             self.scale = get_family(self.family).scale_rule
-        self._check_choices()
-        self._check_patterns()
+        check_choices(self)
+        check_patterns(self)
         check_residency(self.residency, {self.family, *self.family_pattern.values()})
-        self._check_rank()
+        check_numbers(self)
         extras = [name for name in ("use_dora", "layer_norm", "residual") if getattr(self, name)]
         if extras and self.embeddings == "lora":
             raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
         if self.dora_magnitude != "outputs" and not self.use_dora:
             raise ValueError(f"dora_magnitude={self.dora_magnitude!r} needs use_dora=True.")
-        self._check_refused()
+        check_refused(self)
         if self.family == "zero" and self.init_lora_weights is True and not from_file:
             warnings.warn(
                 "family='zero' with B = 0 passes nothing on, and no gradient back: most adapters will not learn. Pass "
@@ -241,71 +223,6 @@ class LottaLoraConfig(LoraConfig):
                 stacklevel=4,
             )
 
-    def _check_format(self, from_file: bool) -> None:
-        if self.format_version is None:
-            if from_file:
-                raise ValueError(
-                    "The adapter_config.json has no 'format_version', so it is unknown which scaffold its seed means. "
-                    "The file is damaged or not a LottaLoRA artifact."
-                )
-            self.format_version = FORMAT_VERSION
-        if self.format_version != FORMAT_VERSION or self.generator != GENERATOR:
-            raise ValueError(
-                f"Scaffold format {self.format_version!r} with generator {self.generator!r} is not known to this "
-                f"version of hf_lottalora, which draws format {FORMAT_VERSION} with {GENERATOR!r}. "
-                "Upgrade with: pip install -U hf-lottalora"
-            )
-
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("redraw", get_args(Redraw)),
-            ("embeddings", get_args(Embeddings)),
-            ("head", (*get_args(Head), None)),
-            ("norms", get_args(TrainOrFrozen)),
-            ("dora_magnitude", get_args(Magnitude)),
-            ("biases", get_args(TrainOrFrozen)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
-        for name in ("train_beta", "save_kept", "layer_norm", "residual"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        rule, gain = self.scale, get_family(self.family).scale_rule == "gain"
-        number = isinstance(rule, (int, float)) and not isinstance(rule, bool) and 1e-30 < rule < 1e30
-        if not (number or (rule in SCALE_RULES and (rule == "gain") == gain)):
-            rules = [] if gain else [name for name in SCALE_RULES if name != "gain"]
-            raise ValueError(
-                f"scale must be None, {', '.join(map(repr, [*rules]))}{', ' if rules else ''}or a positive number for "
-                f"family {self.family!r}, got {rule!r}."
-            )
-
-    def _check_patterns(self) -> None:
-        for name, kind in (("family_pattern", str), ("seed_pattern", int), ("train_beta_pattern", bool)):
-            for key, value in getattr(self, name).items():
-                if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                    raise ValueError(f"{name}[{key!r}] must be of type {kind.__name__}, got {value!r}.")
-        for family in self.family_pattern.values():
-            get_family(family)
-
-    def _check_rank(self) -> None:
-        for where, rank in [("r", self.r), *(("rank_pattern", r) for r in (self.rank_pattern or {}).values())]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                raise ValueError(f"{where} must be a positive integer, got {rank!r}.")
-        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha must be a positive number, got {self.lora_alpha!r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}.")
-
-    def _check_refused(self) -> None:
-        if not isinstance(self.init_lora_weights, bool):
-            raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} makes no sense over a random scaffold: there is no "
-                "pretrained weight to start from. Use True (A Kaiming uniform, B zero) or False (both Kaiming uniform)."
-            )
-        for option in dataclasses.fields(LoraConfig):
-            if option.name in _REFUSED and getattr(self, option.name) != _default(option):
-                raise ValueError(f"LottaLoraConfig does not take {option.name}: {_REFUSED[option.name]}.")
-
     @property
     def effective_adapter_seed(self) -> int:
         """The seed of everything trained: `adapter_seed`, or `seed` where that is None."""
@@ -313,7 +230,7 @@ class LottaLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary, without the options of `LoraConfig` that LottaLoRA refuses."""
-        entries = {key: value for key, value in super().to_dict().items() if key not in _REFUSED}
+        entries = {key: value for key, value in super().to_dict().items() if key not in REFUSED}
         entries["target_modules"] = _listed(entries["target_modules"])
         entries["exclude_modules"] = _listed(entries["exclude_modules"])
         entries["modules_to_save"] = None if self.modules_to_save is None else list(self.modules_to_save) or None
@@ -364,10 +281,6 @@ LottaLoraConfig.__doc__ = f"{LottaLoraConfig.__doc__}\nFields besides those of `
 
 def _listed(names: Any) -> Any:
     return sorted(names) if isinstance(names, set) else names
-
-
-def _default(option: dataclasses.Field[Any]) -> Any:
-    return option.default_factory() if callable(option.default_factory) else option.default
 
 
 def _package_version() -> str:

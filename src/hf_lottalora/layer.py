@@ -32,7 +32,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     # How the base weight was drawn; None where a pretrained weight was kept.
     scaffold: ScaffoldTensor | None = None
-    # The kept pretrained weight while adapters are merged into its place.
+    # The base weight while adapters are merged into its place, where it cannot be drawn again: a pretrained one that
+    # was kept, or a drawn one that a cast to a smaller dtype has rounded.
     _unmerged_weight: torch.Tensor | None = None
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
@@ -119,11 +120,11 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         weight = self.get_base_layer().weight
         if not self.merged:
             return weight.detach()
-        if self.scaffold is not None:
-            return self.scaffold.draw(weight.dtype, weight.device)
-        if self._unmerged_weight is None:
+        if self._unmerged_weight is not None:
+            return self._unmerged_weight
+        if self.scaffold is None:
             raise RuntimeError("The weight under a merged adapter is gone; load the base model again.")
-        return self._unmerged_weight
+        return self.scaffold.draw(weight.dtype, weight.device)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging adds to W: `(beta - 1) W + scaling * B A`, with DoRA's magnitude and the residual if on.
@@ -236,13 +237,13 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             merged = merged + self.get_delta_weight(name)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
-        if self.scaffold is None and self._unmerged_weight is None:
+        if not self.merged and not (self.scaffold is not None and self.scaffold.is_in(original)):
             self._unmerged_weight = original.clone()
         weight.data.copy_(merged)
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
-        """Back to the weight before merging, to the bit: a scaffold is drawn again."""
+        """Back to the weight before merging, to the bit."""
         if not self.merged:
             super().unmerge()  # warns
             return

@@ -63,9 +63,12 @@ class Merging:
         """As PEFT's. A scaffold that is packed or streamed is dense until `unmerge_adapter`.
 
         Raises:
-            ValueError: within `scaffold_seed` or `scaffold_off`, whose end draws the scaffold again.
+            ValueError: within `scaffold_seed` or `scaffold_off`, whose end draws the scaffold again; or a scaffold that
+                is packed or streamed was cast to a smaller dtype and back, and could not be that again.
         """
         self._check_unswitched()
+        if self.residency != "dense" and not self._merged():
+            self.base.verify_unsaved(self.first_plan)
         self.base.set_residency(self.first_plan, "dense")
         try:
             super().merge_adapter(*args, **kwargs)  # type: ignore[misc]

@@ -190,6 +190,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
+        self._restore_residency()  # PEFT has unmerged layers, and base values are back where trained copies stood
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         self.trained.check_installable(self.trained.owner_among(self.active_adapters) if enabled else None)
@@ -317,17 +318,31 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     # ---- looking --------------------------------------------------------------------------------------------------
 
     def get_plan(self, adapter_name: str | None = None) -> Plan:
-        """The plan of an adapter (default: the first active one); printing it shows roles, sizes and shares."""
-        return self.plans[adapter_name or self.active_adapters[0]]
+        """The plan of an adapter (default: the first active one); printing it shows roles, sizes and shares.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        return self.plans[self._known(adapter_name)]
 
     def get_betas(self, adapter_name: str | None = None) -> dict[str, float]:
-        """The beta of each adapted layer by module path."""
-        name = adapter_name or self.active_adapters[0]
+        """The beta of each adapted layer by module path.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        name = self._known(adapter_name)
         return {
             path: layer.lora_beta[name].item()
             for path, layer in self.model.named_modules()
             if isinstance(layer, ScaffoldLayer) and name in layer.lora_beta
         }
+
+    def _known(self, adapter_name: str | None) -> str:
+        name = adapter_name or self.active_adapters[0]
+        if name not in self.plans:
+            raise ValueError(f"There is no adapter {name!r}. There are {sorted(self.plans)}.")
+        return name
 
     def verify_scaffold(self, full: bool = False) -> None:
         """Compare the live scaffold, in its dtype, with what the seed draws: sampled runs, or every weight.

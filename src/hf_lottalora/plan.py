@@ -16,7 +16,7 @@ from .scaffold import ScaffoldTensor
 from .survey import Survey, SurveyedTensor
 
 if TYPE_CHECKING:
-    from .config import Magnitude
+    from .config_checks import Magnitude
 
 Role = Literal["scaffold", "trained", "kept"]
 AdapterKind = Literal["linear", "conv", "embedding", "tied_head"]

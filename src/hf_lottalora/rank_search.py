@@ -106,12 +106,16 @@ def minimum_sufficient_rank(
         >>> search.rank
         4
     """
-    ranks, seeds = sorted(set(ranks)), list(dict.fromkeys(seeds))
+    for name, values in (("ranks", ranks), ("seeds", seeds)):
+        if not isinstance(values, Iterable):
+            raise ValueError(f"{name} must be several integers, such as [1, 2, 4], got {values!r}.")
+    ranks, seeds = list(dict.fromkeys(ranks)), list(dict.fromkeys(seeds))
     if not ranks or any(isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0 for rank in ranks):
         raise ValueError(f"ranks must be positive integers, at least one, got {ranks}.")
+    ranks.sort()
     if not seeds:
         raise ValueError("seeds must name at least one seed.")
-    if not epsilon >= 0:
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not epsilon >= 0:
         raise ValueError(f"epsilon must be >= 0, got {epsilon!r}.")
     if full_loss is not None and not math.isfinite(full_loss):
         raise ValueError(f"full_loss must be a finite number, got {full_loss!r}.")

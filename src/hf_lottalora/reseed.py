@@ -66,7 +66,8 @@ class SeedSwitching:
         Backward passes belong inside: they read the scaffold once more. Merging does not.
 
         Raises:
-            TypeError, ValueError: as `set_scaffold_seed`.
+            TypeError, ValueError: as `set_scaffold_seed`; also where the scaffold is not what its seed draws, since it
+                could not be that again.
 
         Example:
             >>> import torch
@@ -82,6 +83,7 @@ class SeedSwitching:
             True
         """
         configs, plans, first = dict(self.peft_config), dict(self.plans), (self.first_config, self.first_plan)
+        self._check_restorable()
         self.set_scaffold_seed(seed)
         self._switched += 1
         try:
@@ -101,9 +103,11 @@ class SeedSwitching:
         Backward passes belong inside. Merging does not.
 
         Raises:
-            ValueError: nothing is drawn (`redraw="none"`), adapters are merged, or a matrix is under weight norm.
+            ValueError: nothing is drawn (`redraw="none"`), adapters are merged, a matrix is under weight norm, or the
+                scaffold is not what its seed draws, so that it could not be that again.
         """
         self._check_switchable()
+        self._check_restorable()
         direction = next((path for path in self.first_plan.scaffold if path.endswith(".original1")), None)
         if direction:
             raise ValueError(f"{direction!r} is a direction under weight norm, which cannot be zero.")
@@ -114,6 +118,20 @@ class SeedSwitching:
         finally:
             self._switched, self._off = self._switched - 1, self._off - 1
             self._draw()
+
+    def __getstate__(self) -> object:
+        if self._switched:
+            raise RuntimeError(
+                "Within scaffold_seed or scaffold_off a model cannot be copied or pickled: the copy would not have the "
+                "end of the context. Copy it outside, and use set_scaffold_seed on the copy."
+            )
+        return super().__getstate__()
+
+    def _check_restorable(self) -> None:
+        if not self._switched:  # else what is live may be zeros, and is checked already
+            for path, spec in self.first_plan.scaffold.items():
+                if spec.exact and self.base.is_bare(path):
+                    self.base.verify(path, spec, runs=1)
 
     def _check_switchable(self) -> None:
         if not self.first_plan.scaffold:

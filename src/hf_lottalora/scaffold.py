@@ -18,7 +18,7 @@ from .gpu import kernels_for
 from .matrix_families import transformed
 
 # The digest reads the first, the last and 64 evenly spaced runs of 64 elements: milliseconds, at any size.
-_RUN, _RUNS = 64, 66
+_RUN, RUNS = 64, 66
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,20 @@ class ScaffoldTensor:
             if start < high and start + len(run) > low:
                 run[max(0, low - start) : high - start] = 0
 
+    def is_in(self, tensor: torch.Tensor, full: bool = False, runs: int = RUNS) -> bool:
+        """Whether a tensor holds what is drawn in its dtype: looks at sampled runs, or with `full` at every element."""
+        if not self.exact:
+            drawn = self.draw(tensor.dtype)
+            tolerance = max(torch.finfo(tensor.dtype).eps, 1e-9) * float(drawn.abs().amax())
+            return torch.allclose(tensor.cpu(), drawn, rtol=0, atol=tolerance)
+        if full:
+            return torch.equal(self.draw(tensor.dtype), tensor.cpu())
+        flat = tensor.detach().reshape(-1)
+        return all(
+            torch.equal(self.draw_slice(at, min(at + _RUN, self.numel), tensor.dtype), flat[at : at + _RUN].cpu())
+            for at in run_starts(self.numel)[:runs]
+        )
+
     def digest(self) -> str:
         """BLAKE2b-128 over name, shape, table, scale and the float32 stream values of 66 runs.
 
@@ -141,7 +155,7 @@ def run_starts(numel: int) -> list[int]:
     """Where the digest's runs start in a flattened tensor of `numel` elements."""
     if numel <= _RUN:
         return [0]
-    return sorted({j * (numel - _RUN) // (_RUNS - 1) for j in range(_RUNS)})
+    return sorted({j * (numel - _RUN) // (RUNS - 1) for j in range(RUNS)})
 
 
 def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | None = None) -> None:

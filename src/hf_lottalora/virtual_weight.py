@@ -22,7 +22,7 @@ from .draw import draw_words, random_words, stream_key
 from .families import get_family
 from .gpu import kernels_for
 from .int4 import fits_kernel, int4_codes, is_ternary
-from .scaffold import ScaffoldTensor, run_starts
+from .scaffold import RUNS, ScaffoldTensor, run_starts
 
 Residency = Literal["dense", "packed", "int4", "streamed"]
 
@@ -95,12 +95,15 @@ class VirtualWeight(torch.Tensor):
 
     def hold(self, residency: Residency) -> None:
         """Change how it is held, in place; not to "dense"."""
-        self.words, self.codes = held_by(self.scaffold, residency, self.device)
+        if residency != self.residency:
+            self.words, self.codes = held_by(self.scaffold, residency, self.device)
 
-    def holds(self, scaffold: ScaffoldTensor, full: bool) -> bool:
-        """Whether it is this scaffold tensor; looks at sampled words in memory, or with `full` at each."""
+    def holds(self, scaffold: ScaffoldTensor, full: bool, runs: int = RUNS) -> bool:
+        """Whether it is this scaffold tensor; looks at so many sampled words in memory, or with `full` at each."""
         if self.scaffold == scaffold and len(self.casts) > 1:  # rounded more often than a draw in this dtype
-            starts, length = ([0], scaffold.numel) if full else (run_starts(scaffold.numel), min(64, scaffold.numel))
+            starts, length = (
+                ([0], scaffold.numel) if full else (run_starts(scaffold.numel)[:runs], min(64, scaffold.numel))
+            )
             drawn = VirtualWeight(scaffold, None, (self.dtype,), self.device)
             return torch.equal(self.slices(starts, length), drawn.slices(starts, length))
         if self.codes is not None and full:
@@ -110,7 +113,7 @@ class VirtualWeight(torch.Tensor):
         words, key = self.words.cpu().numpy().view("<u8"), stream_key(scaffold.seed, scaffold.name)
         if full:
             return np.array_equal(words, draw_words(key, len(words)))
-        return all(np.array_equal(words[at : at + 1], random_words(key, at, 1)) for at in run_starts(len(words)))
+        return all(np.array_equal(words[at : at + 1], random_words(key, at, 1)) for at in run_starts(len(words))[:runs])
 
     def slices(self, starts: list[int] | torch.Tensor, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Runs `[start, start + length)` of the flattened scaffold tensor, shape `(len(starts), length)`."""
@@ -194,10 +197,13 @@ class VirtualWeight(torch.Tensor):
             setattr(self, name, getattr(value, name))
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: there is no memory to share."""
+        """Refused: there is no memory to share or write."""
         raise RuntimeError(
-            "A scaffold weight that is not in memory cannot be shared. Call set_residency('dense') first."
+            "A scaffold weight that is not in memory has no address to be shared or saved from. An adapter's artifact "
+            "needs none: use save_pretrained. For anything else call set_residency('dense') first."
         )
+
+    storage = untyped_storage = data_ptr = __dlpack__  # asked for by safetensors and Accelerate
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VirtualWeight({self.scaffold}, residency={self.residency!r}, dtype={self.dtype})"
