@@ -4,10 +4,10 @@ Read it in this order: `draw` (numbers from a seed), `families`, `matrix_familie
 tensor), `functional`, `layer` and `conv` (the equation). That is the paper. Then the plumbing: `config` and
 `config_checks` (all options), `initialization` and `survey` (what a model consists of), `targets`, `patterns`, `plan`,
 `planner` and `adapter_planner` (roles of its tensors), `virtual_weight`, `virtual_operations`, `int4` and `residency`
-(weights that are not in memory), `gpu` and `triton_kernels`, `base_model` and `trained` (their values), `model` (the PEFT
-tuner) with `merging`, `second_adapter` and `reseed`, `checkpoint`, `artifact` and `auto` (saving and loading),
-`distributed`; experiments: `resampling`, `beta_report`, `rank_search`, `cost_report` (with `_figure`). `_registry` makes
-the method known to PEFT when the package is imported.
+(weights that are not in memory), `gpu` and `triton_kernels`, `base_model` and `trained` (their values), `model` (the
+PEFT tuner) with `merging`, `second_adapter` and `reseed`, `checkpoint`, `artifact` and `auto` (saving and loading),
+`distributed`; experiments: `resampling`, `beta_report`, `rank_search`, `cost_report` (with `_figure`). `_registry`
+makes the method known to PEFT when the package is imported.
 """
 
 from ._registry import register as _register
