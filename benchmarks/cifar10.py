@@ -26,7 +26,7 @@ import io
 import time
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
@@ -36,6 +36,7 @@ import torch
 from cli import new_parser, parse_common, results_so_far, run_ways
 from peft import get_peft_model
 from PIL import Image
+from report import mean_and_std
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -177,12 +178,11 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     for way, found in scores.items():
         if found:
             one = [run for run in runs.values() if run["way"] == way]
-            score = f"{mean(found):.2f}" + (f" ± {stdev(found):.2f}" if len(found) > 1 else "")
             share = f"{100 * mean(found) / mean(scores['full']):.1f}" if scores["full"] else ""
             seconds = mean(run["seconds"] for run in one)
             lines.append(
-                f"| {way} | {one[0]['trainable_parameters']:,} | {score} | {share} | {PAPER.get(way, '')} | {len(one)} "
-                f"| {seconds:.0f} |"
+                f"| {way} | {one[0]['trainable_parameters']:,} | {mean_and_std(found)} | {share} "
+                f"| {PAPER.get(way, '')} | {len(one)} | {seconds:.0f} |"
             )
     return "\n".join(lines)
 

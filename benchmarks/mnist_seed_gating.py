@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
@@ -27,6 +26,7 @@ import torch
 from cli import new_parser, results_so_far, run_ways
 from mnist import MLP, WIDTHS, Split, load_data, parse_mnist
 from peft import get_peft_model
+from report import mean_and_std
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -120,12 +120,10 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         found = [run["by_seed"] for run in runs.values() if run["way"] == way]
         for seed, digits in DIGITS.items():
             if found:
-                own, others, zero = (
-                    100 * mean(one[str(seed)][key] for one in found)
-                    for key in ("own_right", "others_rejected", "zero_rejected")
-                )
-                rejected = f"{others:.2f} | {zero:.2f}" if way == "reject" else " | "
-                lines.append(f"| {way} | {seed} | {digits} | {own:.2f} | {rejected} | {len(found)} | {PAPER[way]} |")
+                keys = ("own_right", "others_rejected", "zero_rejected") if way == "reject" else ("own_right",)
+                cells = [mean_and_std([100 * one[str(seed)][key] for one in found]) for key in keys]
+                cells += [""] * (3 - len(cells))
+                lines.append(f"| {way} | {seed} | {digits} | {' | '.join(cells)} | {len(found)} | {PAPER[way]} |")
     return "\n".join(lines)
 
 

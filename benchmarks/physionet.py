@@ -28,7 +28,7 @@ import argparse
 import time
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import hf_lottalora  # isort: skip  # first: it registers the method with PEFT
@@ -37,6 +37,7 @@ import pyarrow.parquet
 import torch
 from cli import new_parser, parse_common, results_so_far, run_ways
 from peft import get_peft_model
+from report import mean_and_std
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -173,14 +174,13 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     for way, found in by_way.items():
         if found:
             scores = [run["auroc"] for run in found]
-            score = f"{mean(scores):.4f}" + (f" ± {stdev(scores):.4f}" if len(scores) > 1 else "")
             full = [run["auroc"] for run in by_way["full"]]
             share = f"{100 * mean(scores) / mean(full):.1f}" if full else ""
             last = mean(run["auroc_last_epoch"] for run in found)
             betas = [beta for run in found for beta in run["betas"].values()]
             beta = f"{np.median(betas):.3f}" if betas else ""
             lines.append(
-                f"| {way} | {found[0]['trainable_parameters']:,} | {score} | {share} | {last:.4f} "
+                f"| {way} | {found[0]['trainable_parameters']:,} | {mean_and_std(scores, 4)} | {share} | {last:.4f} "
                 f"| {PAPER.get(way, '')} | {len(found)} | {beta} | {mean(run['seconds'] for run in found):.0f} |"
             )
     return "\n".join(lines)

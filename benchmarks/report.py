@@ -6,9 +6,11 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 _PACKAGES = ("hf-lottalora", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
@@ -42,6 +44,17 @@ def environment() -> dict[str, Any]:
         "accelerators": accelerators,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def mean_and_std(values: Sequence[float], digits: int = 2) -> str:
+    """`mean ± standard deviation` for a table; of one value only that.
+
+    Example:
+        >>> mean_and_std([1.0, 2.0, 3.0])
+        '2.00 ± 1.00'
+    """
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
