@@ -10,7 +10,8 @@ which the batch norm behind each convolution undoes, or one per input and positi
 
 AdamW, learning rate 3e-3 for each way, weight decay 1e-2, batch 128, cosine after 5 % linear warm-up, random crops and
 flips, bfloat16 autocast. The accuracy is that of the last epoch on the 10,000 test images: nothing is chosen by it.
-The default of 5 epochs is a shortened protocol, an hour for three seeds on two cores; the paper trains for 150 to 164.
+The default of 5 epochs is a shortened protocol, an hour to an hour and a half for three seeds on two cores; the paper
+trains for 150 to 164.
 
     python benchmarks/cifar10.py --workers 2                  # the short protocol
     python benchmarks/cifar10.py --full_protocol --workers 2  # 164 epochs: days on two cores

@@ -113,8 +113,7 @@ class _AutoLottaLora:
             adapter_name=adapter_name,
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            # No starting values for what the artifact has; its tensors come with the file's dtype.
-            low_cpu_mem_usage=True,
+            low_cpu_mem_usage=True,  # no starting values for what the artifact has
             torch_device="cpu",
             config=config,
             **hub_kwargs,

@@ -95,7 +95,7 @@ def check_patterns(config: LottaLoraConfig) -> None:
         ("family_pattern", "the name of a family", lambda value: isinstance(value, str)),
         ("seed_pattern", "an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
         ("train_beta_pattern", "True or False", lambda value: isinstance(value, bool)),
-        ("rank_pattern", "a positive integer", _is_rank),
+        ("rank_pattern", "a positive integer", is_rank),
         ("alpha_pattern", "a positive number", _is_positive),
     ):
         pattern = getattr(config, name)
@@ -119,7 +119,7 @@ def check_patterns(config: LottaLoraConfig) -> None:
 
 def check_numbers(config: LottaLoraConfig) -> None:
     """Rank, alpha and dropout."""
-    if not _is_rank(config.r):
+    if not is_rank(config.r):
         raise ValueError(f"r must be a positive integer, got {config.r!r}.")
     if not _is_positive(config.lora_alpha):
         raise ValueError(f"lora_alpha must be a positive number, got {config.lora_alpha!r}.")
@@ -147,7 +147,8 @@ def _check_regex(name: str, pattern: Any) -> None:
         raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}.") from None
 
 
-def _is_rank(value: Any) -> bool:
+def is_rank(value: Any) -> bool:
+    """Whether it is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ._figure import COLOURS, GREY, drawing
+from .config_checks import is_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +111,7 @@ def minimum_sufficient_rank(
         if not isinstance(values, Iterable):
             raise ValueError(f"{name} must be several integers, such as [1, 2, 4], got {values!r}.")
     ranks, seeds = list(dict.fromkeys(ranks)), list(dict.fromkeys(seeds))
-    if not ranks or any(isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0 for rank in ranks):
+    if not ranks or not all(map(is_rank, ranks)):
         raise ValueError(f"ranks must be positive integers, at least one, got {ranks}.")
     ranks.sort()
     if not seeds:
