@@ -70,7 +70,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "seed gating": lambda: mnist_seed_gating.table(read_json(mnist_seed_gating.RESULTS)["runs"]),
     "physionet": lambda: physionet.table(read_json(physionet.RESULTS)["runs"]),
     "cifar10": lambda: cifar10.table(read_json(cifar10.RESULTS)["runs"]),
-    **{script: _performance(script) for script in ("conv", "decode", "large", "step", "training")},
+    **{script: _performance(script) for script in ("conv", "decode", "large", "scales", "step")},
+    "training": _performance("training", *(f"{run}/4x128" for run in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
     **{script: _performance(script, "900M") for script in ("draw", "ready")},
 }
 

@@ -139,17 +139,15 @@ def main() -> None:
         run_missing(args.scales, args.results)
     found = collect(args.scales, args.results)
     sizes = sorted({size for lines in found.values() for points in lines.values() for size in points})
-    rows = []
+    rows: list[dict[str, Any]] = []
     for measure, lines in found.items():
         for who, points in lines.items():
+            row: dict[str, Any] = {"cost": f"{measure}, {MEASURES[measure]}", "of": who}
+            row |= {f"{size / 1e6:,.0f}M": points.get(size, "") for size in sizes}
             fitted = slope(points)
-            cells: list[Any] = [f"{points[size]:.3g}" if size in points else "" for size in sizes]
-            rows.append([f"{measure}, {MEASURES[measure]}", who, *cells, "" if fitted is None else fitted])
-    print("\n".join(markdown(["cost", "of", *(f"{size / 1e6:,.0f}M" for size in sizes), "slope"], rows)))
-    slopes: dict[str, dict[str, float | None]] = {
-        measure: {who: slope(points) for who, points in lines.items()} for measure, lines in found.items()
-    }
-    write_json(args.output, {"environment": environment(), "costs": found, "slopes": slopes})
+            rows.append({**row, "slope": "" if fitted is None else fitted})
+    print("\n".join(markdown(list(rows[0]), [[*row.values()] for row in rows])))
+    write_json(args.output, {"runs": {"parameters": {"environment": environment(), "rows": rows}}})
     plot(found, args.output.with_suffix(".png"))
 
 
