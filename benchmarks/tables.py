@@ -71,7 +71,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "physionet": lambda: physionet.table(read_json(physionet.RESULTS)["runs"]),
     "cifar10": lambda: cifar10.table(read_json(cifar10.RESULTS)["runs"]),
     **{script: _performance(script) for script in ("conv", "decode", "large", "scales", "step")},
-    "training": _performance("training", *(f"{run}/4x128" for run in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
+    "training": _performance("training", *(f"{at}/4x128" for at in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
     **{script: _performance(script, "900M") for script in ("draw", "ready")},
 }
 

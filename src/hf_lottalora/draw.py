@@ -176,7 +176,13 @@ def _in_parallel(work: Callable[..., None], jobs: list[tuple[Any, ...]], threads
         for job in jobs:
             work(*job)
     else:
-        list(_pool(os.getpid(), threads).map(work, *zip(*jobs, strict=True)))
+        left = iter(jobs)  # shared by the threads; a future for each job would cost more than a small block
+
+        def take(_: int) -> None:
+            for job in left:
+                work(*job)
+
+        list(_pool(os.getpid(), threads).map(take, range(threads)))
 
 
 @cache
