@@ -27,13 +27,13 @@ def saved_bytes(model: nn.Module, batch: torch.Tensor) -> int:
     """Bytes kept for backward by one forward pass."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
-    alive = []  # a freed storage's address could come back
+    alive = []  # the address of a freed storage could come back
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
+            alive.append(tensor.detach())  # with its graph it would hold this function, and so itself, for ever
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
