@@ -68,20 +68,27 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/mnist.py
 	$(PY) benchmarks/mnist.py --preset tiny small medium --r 1 2 4 8 --alpha r
 	$(PY) benchmarks/mnist.py --methods lottalora --alpha r --r 16 32
+	$(PY) benchmarks/mnist.py --methods lottalora --alpha r --preset tiny --r 1 2 4 8 --seeds 10
 	$(PY) benchmarks/mnist_ablations.py
 	$(PY) benchmarks/mnist_seed_gating.py
 	$(PY) benchmarks/mnist_rank_search.py
 	$(PY) benchmarks/physionet.py
 	$(PY) benchmarks/cifar10.py
+	$(PY) benchmarks/cifar10.py --ways "r=16 residual" "r=16 DoRA by input, residual"
 	$(PY) benchmarks/sst2.py
 	$(PY) benchmarks/paper_sizes.py
 	$(PY) benchmarks/perf/backward_bytes.py
 	$(PY) benchmarks/perf/draw.py
 	$(PY) benchmarks/perf/draw.py --scale 900M
-	$(PY) benchmarks/perf/step.py
 	$(PY) benchmarks/perf/ready.py
+	$(PY) benchmarks/perf/step.py
+	$(PY) benchmarks/perf/step.py --tokens 512
+	$(PY) benchmarks/perf/training.py
+	$(PY) benchmarks/perf/conv.py
 	$(PY) benchmarks/perf/decode.py
+	$(PY) benchmarks/perf/decode.py --scale 300M
 	$(PY) benchmarks/perf/large.py
+	$(PY) benchmarks/perf/scales.py
 	$(PY) benchmarks/tables.py
 
 clean: ## remove the environments, caches and outputs

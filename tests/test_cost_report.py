@@ -88,6 +88,8 @@ def test_what_cannot_be_counted() -> None:
     model = get_peft_model(llama(), config())
     with pytest.raises(ValueError, match="The batch has no tensors"):
         cost_report(model, {})
+    with pytest.raises(TypeError, match="batch must be a mapping such as .* got Tensor"):
+        cost_report(model, torch.zeros(1, 2))  # type: ignore[arg-type]
     model.merge_adapter()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="Adapters are merged, so there is nothing to train"):

@@ -194,6 +194,11 @@ def test_impossible_plans_are_refused_and_change_nothing(model: Any, changes: di
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_an_architecture_is_no_model() -> None:
+    with pytest.raises(TypeError, match="make_plan takes a model, got a LlamaConfig"):
+        make_plan(llama().config, config())
+
+
 def test_a_quantised_weight_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'a.weight' has dtype torch.int8: a quantised weight cannot be drawn over"):
         make_plan(WithQuantised(), config(target_modules=["a"]))

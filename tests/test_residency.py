@@ -296,6 +296,20 @@ def test_reports_and_refusals(mode: str) -> None:
         torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own looking
+def test_compiling_with_graph_breaks_changes_nothing(mode: str) -> None:
+    model = get_peft_model(llama(), config(embeddings="frozen", residency=mode))
+    found = []
+    torch._dynamo.reset()
+    for run in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        loss = run(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) > 1
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*found, strict=True))
+
+
 def test_changed_words_are_found() -> None:
     model = get_peft_model(llama(), config(residency="packed"))
     weight = next(p for p in model.parameters() if isinstance(p, VirtualWeight))

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from report import environment, read_json, write_json  # noqa: F401
+from report import environment, read_json, write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "perf"
 
@@ -129,9 +129,18 @@ def ratio(times: dict[str, list[float]], name: str, peer: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[peer], strict=True))
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
-    """A table as Markdown, line by line."""
-    yield "| " + " | ".join(columns) + " |"
-    yield "|" + "---|" * len(columns)
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     for row in rows:
-        yield "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row) + " |"
+        cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def record(output: str | Path, key: str, rows: Sequence[dict[str, Any]], **facts: Any) -> None:
+    """Print the rows of one run, and keep them with what else is known of it beside the other runs in a JSON file."""
+    print(f"\n{key}\n{markdown(rows)}")
+    result = read_json(output) or {"runs": {}}
+    result["runs"][key] = {"environment": environment(), **facts, "rows": rows}
+    write_json(output, result)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import RESULTS, environment, markdown, paired, ratio, read_json, write_json
+from common import RESULTS, paired, ratio, record
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -74,7 +74,6 @@ def main() -> None:
     add("--repeats", type=int, default=11, help="default: 11")
     add("--output", default=RESULTS / "conv.json", help="JSON file; other settings in it are kept")
     args = parser.parse_args()
-    result = read_json(args.output) or {"runs": {}}
     for dtype in args.dtypes:
         steps = {name: training_step(model, args.batch, getattr(torch, dtype)) for name, model in models().items()}
         times = paired(steps, args.repeats)
@@ -86,9 +85,7 @@ def main() -> None:
             row["over PEFT LoRA"] = "" if name == "full" else ratio(times, name, f"PEFT LoRA, {rank}")
             rows.append(row)
         key = f"{dtype}/{args.batch} images"
-        print("\n".join([f"\n{key}", *markdown(list(rows[0]), [[*row.values()] for row in rows])]))
-        result["runs"][key] = {"environment": environment(), "repeats": args.repeats, "rows": rows}
-        write_json(args.output, result)
+        record(args.output, key, rows, repeats=args.repeats)
 
 
 if __name__ == "__main__":

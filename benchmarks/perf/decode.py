@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from common import RESULTS, SCALES, build, environment, markdown, paired, ratio, read_json, write_json
+from common import RESULTS, SCALES, build, paired, ratio, record
 from torch import nn
 
 from hf_lottalora.residency import VirtualWeight
@@ -69,10 +69,7 @@ def main() -> None:
         }
         for name, found in times.items()
     ]
-    print("\n".join(markdown(list(rows[0]), [[*row.values()] for row in rows])))
-    result = read_json(args.output) or {"runs": {}}
-    result["runs"][args.scale] = {"environment": environment(), "repeats": args.repeats, "rows": rows}
-    write_json(args.output, result)
+    record(args.output, args.scale, rows, repeats=args.repeats)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, environment, llama_config, markdown, paired, ratio, read_json, write_json
+from common import RESULTS, SCALES, llama_config, paired, ratio, record
 from transformers import LlamaForCausalLM
 
 from hf_lottalora import FAMILIES, ScaffoldTensor
@@ -68,11 +68,7 @@ def main() -> None:
             for dtype in (torch.bfloat16, torch.float32)
             for row in measure(families, [(args.values,)], dtype, args.repeats)
         ]
-    print("\n".join(markdown(list(rows[0]), [[*row.values()] for row in rows])))
-    result = read_json(args.output) or {"runs": {}}
-    found = {"environment": environment(), "repeats": args.repeats, "rows": rows}
-    result["runs"][args.scale or f"{args.values} values"] = found
-    write_json(args.output, result)
+    record(args.output, args.scale or f"{args.values} values", rows, repeats=args.repeats)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def main() -> None:
     result["runs"][f"{args.scale}/{args.rows}x{args.tokens}/{device.type}"] = run
     for name, measure in measures.items():
         rows = run[name] = measure()
-        print("\n".join([f"\n{name}", *markdown(list(rows[0]), [[*row.values()] for row in rows])]))
+        print(f"\n{name}\n{markdown(rows)}")
         write_json(args.output, result)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from common import RANK, RESULTS, environment, markdown, memory, read_json, seconds, training_step, write_json
+from common import RANK, RESULTS, memory, record, seconds, training_step
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,12 +74,8 @@ def main() -> None:
     if not torch.equal(probe(), expected):
         raise RuntimeError("The model that was loaded computes something else.")
     print(f"{parameters:,} parameters, {trained:,} trained, artifact {size / 2**20:.1f} MiB")
-    print("\n".join(markdown(list(rows[0]), [[*row.values()] for row in rows])))
-    found = {"parameters": parameters, "trained": trained, "artifact_bytes": size, "rows": rows}
-    result = read_json(args.output) or {"runs": {}}
     key = f"{args.layers} layers, {args.family}, {args.tokens} tokens"
-    result["runs"][key] = {"environment": environment(), **found}
-    write_json(args.output, result)
+    record(args.output, key, rows, parameters=parameters, trained=trained, artifact_bytes=size)
 
 
 if __name__ == "__main__":

@@ -27,18 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    RESULTS,
-    SCALES,
-    build,
-    environment,
-    in_fresh_process,
-    markdown,
-    memory,
-    ratio,
-    read_json,
-    write_json,
-)
+from common import RESULTS, SCALES, build, in_fresh_process, memory, ratio, record
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -137,10 +126,7 @@ def main() -> None:
         for key in ("peak", "resident"):
             row[f"{key} MiB"] = statistics.median(one[key] for one in runs) / 2**20
         rows.append(row)
-    print("\n".join(markdown(list(rows[0]), [[*row.values()] for row in rows])))
-    result = read_json(args.output) or {"runs": {}}
-    result["runs"][args.scale] = {"environment": environment(), "repeats": args.repeats, "rows": rows}
-    write_json(args.output, result)
+    record(args.output, args.scale, rows, repeats=args.repeats)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, environment, llama_config, markdown, read_json, write_json
+from common import RESULTS, SCALES, llama_config, read_json, record
 from matplotlib.figure import Figure
 from scipy.stats import linregress
 from tqdm.auto import tqdm
@@ -146,8 +146,7 @@ def main() -> None:
             row |= {f"{size / 1e6:,.0f}M": points.get(size, "") for size in sizes}
             fitted = slope(points)
             rows.append({**row, "slope": "" if fitted is None else fitted})
-    print("\n".join(markdown(list(rows[0]), [[*row.values()] for row in rows])))
-    write_json(args.output, {"runs": {"parameters": {"environment": environment(), "rows": rows}}})
+    record(args.output, "parameters", rows)
     plot(found, args.output.with_suffix(".png"))
 
 

@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, build, environment, markdown, paired, ratio, read_json, training_step, write_json
+from common import RESULTS, SCALES, build, paired, ratio, record, training_step
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -43,7 +43,6 @@ def main() -> None:
     add("--repeats", type=int, default=11, help="default: 11")
     add("--output", default=RESULTS / "step.json", help="JSON file; other settings in it are kept")
     args = parser.parse_args()
-    result = read_json(args.output) or {"runs": {}}
     for dtype in args.dtypes:
         models: dict[str, Any] = {}
         for name in args.models:
@@ -58,17 +57,8 @@ def main() -> None:
             for peer in ("full", "PEFT LoRA", "dense"):
                 row[f"over {peer}"] = ratio(times, name, peer) if peer in times else ""
             rows.append(row)
-        print(
-            "\n".join(
-                [
-                    f"\n{dtype}, {args.rows} x {args.tokens} tokens",
-                    *markdown(list(rows[0]), [[*r.values()] for r in rows]),
-                ]
-            )
-        )
         key = f"{args.scale}/{dtype}/{args.rows}x{args.tokens}"
-        result["runs"][key] = {"environment": environment(), "repeats": args.repeats, "rows": rows}
-        write_json(args.output, result)
+        record(args.output, key, rows, repeats=args.repeats)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import (
-    RESULTS,
-    SCALES,
-    build,
-    environment,
-    in_fresh_process,
-    markdown,
-    memory,
-    read_json,
-    seconds,
-    training_step,
-    write_json,
-)
+from common import RESULTS, SCALES, build, in_fresh_process, memory, record, seconds, training_step
 from tqdm.auto import tqdm
 
 PACKED, STREAMED = ({"family": "binary", "residency": residency} for residency in ("packed", "streamed"))
@@ -67,7 +55,6 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(args.worker[0], args.scale, args.worker[1], args.rows, args.tokens, args.steps)))
         return
-    result = read_json(args.output) or {"runs": {}}
     sizes = ["--scale", args.scale, "--rows", str(args.rows), "--tokens", str(args.tokens), "--steps", str(args.steps)]
     for dtype in args.dtypes:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in args.models}
@@ -82,9 +69,7 @@ def main() -> None:
             row["seconds per step"] = statistics.median(run["seconds"] for run in runs)
             rows.append(row)
         key = f"{args.scale}/{dtype}/{args.rows}x{args.tokens}"
-        print("\n".join([f"\n{key}", *markdown(list(rows[0]), [[*row.values()] for row in rows])]))
-        result["runs"][key] = {"environment": environment(), "repeats": args.repeats, "rows": rows}
-        write_json(args.output, result)
+        record(args.output, key, rows, repeats=args.repeats)
 
 
 if __name__ == "__main__":

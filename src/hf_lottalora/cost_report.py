@@ -75,6 +75,7 @@ def cost_report(model: PeftModel, batch: Mapping[str, Any] | None = None) -> Cos
             account of groups in the gradient of a convolution's kernel.
 
     Raises:
+        TypeError: the batch is not a mapping.
         ValueError: the model has no LottaLoRA adapter or is merged, the batch gives no loss, or the architecture
             computes something that fake tensors cannot (then leave out the batch).
 
@@ -90,6 +91,10 @@ def cost_report(model: PeftModel, batch: Mapping[str, Any] | None = None) -> Cos
     tuner = tuner_of(model)
     if any(isinstance(module, ScaffoldLayer) and module.merged for module in tuner.model.modules()):
         raise ValueError("Adapters are merged, so there is nothing to train. Call unmerge_adapter() first.")
+    if batch is not None and not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch must be a mapping such as {{'input_ids': ..., 'labels': ...}}, got {type(batch).__name__}."
+        )
     if batch is not None and not any(isinstance(value, torch.Tensor) for value in batch.values()):
         raise ValueError(f"The batch has no tensors: {dict(batch)!r}.")
     plan = tuner.get_plan()

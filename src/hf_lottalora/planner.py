@@ -32,6 +32,7 @@ def make_plan(model: nn.Module, config: LottaLoraConfig) -> Plan:
     """What `get_peft_model(model, config)` would do, without doing it.
 
     Raises:
+        TypeError: not a module.
         ValueError: a combination that cannot work; see `plan_from_survey`.
 
     Example:
@@ -42,6 +43,11 @@ def make_plan(model: nn.Module, config: LottaLoraConfig) -> Plan:
         >>> make_plan(model, config).adapter_parameters
         65
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"make_plan takes a model, got a {type(model).__name__}. Built within accelerate's init_empty_weights, a "
+            "model costs no memory."
+        )
     return plan_from_survey(survey_model(model), copy.copy(config))
 
 

@@ -157,6 +157,7 @@ class VirtualWeight(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # would trace NumPy's drawing
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
