@@ -33,8 +33,8 @@ def saved_bytes(model: nn.Module, batch: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor.detach())  # with its graph it would hold this function, and so itself, for ever
-        return tensor
+            alive.append(tensor.detach())
+        return tensor.detach()  # an output that is saved with its graph would hold itself for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(input_ids=batch, labels=batch)
