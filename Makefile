@@ -74,6 +74,7 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/mnist_rank_search.py
 	$(PY) benchmarks/physionet.py
 	$(PY) benchmarks/cifar10.py
+	$(PY) benchmarks/cifar10.py --epochs 10 --ways "r=1" "r=1 DoRA by input" --output benchmarks/results/cifar10_10_epochs.json
 	$(PY) benchmarks/cifar10.py --ways "r=16 residual" "r=16 DoRA by input, residual"
 	$(PY) benchmarks/sst2.py
 	$(PY) benchmarks/paper_sizes.py

@@ -40,6 +40,10 @@ def _rank_search() -> str:
     return f"```\n{RankSearch(found['rank'], found['settings']['epsilon'], losses)}\n```"
 
 
+def _cifar10(stem: str) -> Callable[[], str]:
+    return lambda: cifar10.table(read_json(cifar10.RESULTS.with_stem(stem))["runs"])
+
+
 def _performance(script: str, *keys: str) -> Callable[[], str]:
     """The rows of a script's runs, of all or of those named, a table each."""
 
@@ -69,7 +73,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rank search": _rank_search,
     "seed gating": lambda: mnist_seed_gating.table(read_json(mnist_seed_gating.RESULTS)["runs"]),
     "physionet": lambda: physionet.table(read_json(physionet.RESULTS)["runs"]),
-    "cifar10": lambda: cifar10.table(read_json(cifar10.RESULTS)["runs"]),
+    "cifar10": _cifar10("cifar10"),
+    "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
     **{script: _performance(script) for script in ("conv", "decode", "large", "scales", "step")},
     "training": _performance("training", *(f"{at}/4x128" for at in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
     **{script: _performance(script, "900M") for script in ("draw", "ready")},
