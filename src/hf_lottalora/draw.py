@@ -156,7 +156,8 @@ def draw_blocks(draws: Iterable[Draw], threads: int | None = None) -> None:
         step = block_words * 64 // draw.table.bits
         for at in range(0, len(draw.out), step):
             blocks.append((draw._replace(out=draw.out[at : at + step], start=draw.start + at), rows))
-    _in_parallel(_draw_block, blocks, threads)
+    # Threads that mostly pass Python's lock to each other are slower than one.
+    _in_parallel(_draw_block, blocks, threads if words >= len(blocks) << 12 else 1)
 
 
 def draw_words(key: np.ndarray[Any, Any], count: int, threads: int | None = None) -> np.ndarray[Any, Any]:
