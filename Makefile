@@ -65,19 +65,19 @@ demo: $(STAMP) ## train digits from a seed, save the artifact, rebuild it in a n
 check: lint demo test-oldest test ## everything that CI runs
 
 reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DATA
-	$(PY) benchmarks/mnist.py
-	$(PY) benchmarks/mnist.py --preset tiny small medium --r 1 2 4 8 --alpha r
-	$(PY) benchmarks/mnist.py --methods lottalora --alpha r --r 16 32
-	$(PY) benchmarks/mnist.py --methods lottalora --alpha r --preset tiny --r 1 2 4 8 --seeds 10
-	$(PY) benchmarks/mnist_ablations.py
-	$(PY) benchmarks/mnist_seed_gating.py
-	$(PY) benchmarks/mnist_rank_search.py
-	$(PY) benchmarks/physionet.py
-	$(PY) benchmarks/cifar10.py
-	$(PY) benchmarks/cifar10.py --epochs 10 --ways "r=1" "r=1 DoRA by input" --output benchmarks/results/cifar10_10_epochs.json
-	$(PY) benchmarks/cifar10.py --ways "r=16 residual" "r=16 DoRA by input, residual"
-	$(PY) benchmarks/sst2.py
-	$(PY) benchmarks/paper_sizes.py
+	$(PY) benchmarks/paper/mnist.py
+	$(PY) benchmarks/paper/mnist.py --preset tiny small medium --r 1 2 4 8 --alpha r
+	$(PY) benchmarks/paper/mnist.py --methods lottalora --alpha r --r 16 32
+	$(PY) benchmarks/paper/mnist.py --methods lottalora --alpha r --preset tiny --r 1 2 4 8 --seeds 10
+	$(PY) benchmarks/paper/mnist_ablations.py
+	$(PY) benchmarks/paper/mnist_seed_gating.py
+	$(PY) benchmarks/paper/mnist_rank_search.py
+	$(PY) benchmarks/paper/physionet.py
+	$(PY) benchmarks/paper/cifar10.py
+	$(PY) benchmarks/paper/cifar10.py --epochs 10 --ways "r=1" "r=1 DoRA by input" --output benchmarks/results/cifar10_10_epochs.json
+	$(PY) benchmarks/paper/cifar10.py --ways "r=16 residual" "r=16 DoRA by input, residual"
+	$(PY) benchmarks/paper/sst2.py
+	$(PY) benchmarks/paper/sizes.py
 	$(PY) benchmarks/perf/backward_bytes.py
 	$(PY) benchmarks/perf/draw.py
 	$(PY) benchmarks/perf/draw.py --scale 900M

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "paper"))
 
 import cifar10
 import mnist
@@ -18,7 +21,7 @@ import mnist_ablations
 import mnist_rank_search
 import mnist_seed_gating
 import physionet
-from report import read_json
+from common import read_json
 
 from hf_lottalora import RankSearch
 

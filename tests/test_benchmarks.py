@@ -18,9 +18,8 @@ COMMANDS = {
     "physionet.py": [],
     "cifar10.py": ["--ways", "full", "r=1 DoRA by input"],
 }
-NOT_HERE = {"paper_sizes.py"}  # no --quick: it trains nothing
+NOT_HERE = {"sizes.py"}  # no --quick: it trains nothing
 NOT_HERE |= {"sst2.py"}  # takes minutes even so
-HELPERS = {"cli.py", "jobs.py", "report.py", "tables.py"}
 PERFORMANCE = {
     "backward_bytes.py": ["--scale", "3M"],
     "draw.py": ["--scale", "3M", "--repeats", "1"],
@@ -47,14 +46,15 @@ PERFORMANCE = {
 
 
 def test_every_benchmark_is_listed() -> None:
-    assert {path.name for path in FOLDER.glob("*.py")} == {*COMMANDS} | NOT_HERE | HELPERS
-    assert {path.name for path in (FOLDER / "perf").glob("*.py")} == {*PERFORMANCE, "common.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} == {"common.py", "tables.py"}
+    assert {path.name for path in (FOLDER / "paper").glob("*.py")} == {*COMMANDS, "cli.py"} | NOT_HERE
+    assert {path.name for path in (FOLDER / "perf").glob("*.py")} == {*PERFORMANCE, "shared.py"}
 
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_quick_run_shows_a_table_and_writes_nothing(script: str) -> None:
     before = results()
-    command = [sys.executable, script, "--quick", "--data_dir", str(data_dir()), *COMMANDS[script]]
+    command = [sys.executable, f"paper/{script}", "--quick", "--data_dir", str(data_dir()), *COMMANDS[script]]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "|---" in done.stdout or "r* =" in done.stdout or "none of these ranks" in done.stdout
@@ -80,9 +80,12 @@ def test_the_page_of_results_is_that_of_the_files() -> None:
 
 
 def test_help_and_missing_data() -> None:
-    done = subprocess.run([sys.executable, "mnist.py", "--help"], cwd=FOLDER, capture_output=True, text=True)
-    assert done.returncode == 0 and "python benchmarks/mnist.py" in done.stdout
+    done = subprocess.run([sys.executable, "paper/mnist.py", "--help"], cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0 and "python benchmarks/paper/mnist.py" in done.stdout
     done = subprocess.run(
-        [sys.executable, "cifar10.py", "--quick", "--data_dir", "nowhere"], cwd=FOLDER, capture_output=True, text=True
+        [sys.executable, "paper/cifar10.py", "--quick", "--data_dir", "nowhere"],
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1 and "nowhere/cifar10-jpeg/train.parquet not found" in done.stderr

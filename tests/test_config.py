@@ -101,7 +101,7 @@ def test_bad_values_are_refused_by_name(changes: dict[str, Any], error: type[Exc
 
 def test_every_lora_option_is_taken_or_refused() -> None:
     """A new PEFT option must be looked at before it passes: this list is what the layer really honours."""
-    from hf_lottalora.config_checks import REFUSED
+    from hf_lottalora.options import REFUSED
 
     honoured = {
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",

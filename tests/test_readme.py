@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_lottalora import FAMILIES, LottaLoraConfig
-from hf_lottalora.scales import SCALE_RULES
+from hf_lottalora.scaffold.scales import SCALE_RULES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -48,4 +48,4 @@ def test_options_in_the_readme_are_those_of_the_config() -> None:
 def test_tests_named_in_the_docs_exist() -> None:
     tests = Path(__file__).parent
     named = re.findall(r"`(test_\w+\.py)`", (tests.parent / "docs" / "features.md").read_text())
-    assert named and all((tests / name).is_file() for name in named)
+    assert named and all(list(tests.rglob(name)) for name in named)

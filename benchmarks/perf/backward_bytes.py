@@ -12,9 +12,9 @@ import argparse
 from typing import Any
 
 import torch
-from common import RANK, RESULTS, SCALES, environment, llama_config, write_json
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
+from shared import RANK, RESULTS, SCALES, environment, llama_config, write_json
 from torch import nn
 from transformers import LlamaForCausalLM
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import RESULTS, paired, ratio, record
 from peft import LoraConfig, get_peft_model
+from shared import RESULTS, paired, ratio, record
 from torch import nn
 from torch.nn import functional as F
 

@@ -14,10 +14,10 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from common import RESULTS, SCALES, build, paired, ratio, record
+from shared import RESULTS, SCALES, build, paired, ratio, record
 from torch import nn
 
-from hf_lottalora.residency import VirtualWeight
+from hf_lottalora.residency.forms import VirtualWeight
 
 BITS = {"binary": 1, "normal_2bit": 2, "normal_4bit": 4, "normal_8bit": 8, "normal": 16}
 MODELS = {

@@ -14,11 +14,11 @@ import statistics
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, llama_config, paired, ratio, record
+from shared import RESULTS, SCALES, llama_config, paired, ratio, record
 from transformers import LlamaForCausalLM
 
 from hf_lottalora import FAMILIES, ScaffoldTensor
-from hf_lottalora.scaffold import draw_into
+from hf_lottalora.scaffold.tensor import draw_into
 
 
 def shapes_of(scale: str) -> list[tuple[int, ...]]:

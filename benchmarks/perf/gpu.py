@@ -22,10 +22,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, build, environment, markdown, paired, ratio, read_json, training_step, write_json
+from shared import RESULTS, SCALES, build, environment, markdown, paired, ratio, read_json, training_step, write_json
 
 from hf_lottalora import ScaffoldTensor
-from hf_lottalora.scaffold import draw_into
+from hf_lottalora.scaffold.tensor import draw_into
 
 MIB_DRAWN = 512
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from common import RANK, RESULTS, memory, record, seconds, training_step
 from peft import get_peft_model
+from shared import RANK, RESULTS, memory, record, seconds, training_step
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM, LottaLoraConfig

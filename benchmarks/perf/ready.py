@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, build, in_fresh_process, memory, ratio, record
+from shared import RESULTS, SCALES, build, in_fresh_process, memory, ratio, record
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 

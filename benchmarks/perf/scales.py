@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, llama_config, read_json, record
 from matplotlib.figure import Figure
 from scipy.stats import linregress
+from shared import RESULTS, SCALES, llama_config, read_json, record
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
-from hf_lottalora._figure import COLOURS, GREY, MARKERS, drawing
+from hf_lottalora.experiments.figure import COLOURS, GREY, MARKERS, drawing
 
 # Of each script: its options, and the name of its run at a scale.
 COMMANDS: dict[str, tuple[list[str], str]] = {

@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, build, paired, ratio, record, training_step
+from shared import RESULTS, SCALES, build, paired, ratio, record, training_step
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),

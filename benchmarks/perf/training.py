@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import RESULTS, SCALES, build, in_fresh_process, memory, record, seconds, training_step
+from shared import RESULTS, SCALES, build, in_fresh_process, memory, record, seconds, training_step
 from tqdm.auto import tqdm
 
 PACKED, STREAMED = ({"family": "binary", "residency": residency} for residency in ("packed", "streamed"))

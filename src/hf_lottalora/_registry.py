@@ -30,7 +30,7 @@ def register() -> None:
     """
     _add_peft_type()
     from .config import LottaLoraConfig
-    from .model import LottaLoraModel
+    from .tuner.model import LottaLoraModel
 
     member = PeftType(NAME)
     taken_by = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)

@@ -6,14 +6,13 @@ import dataclasses
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig
 from peft.utils import PeftType
 
-from .artifact import check_artifact_files, check_not_pickled, complete_artifact
-from .config_checks import (
+from .options import (
     REFUSED,
     Embeddings,
     Head,
@@ -26,12 +25,28 @@ from .config_checks import (
     check_patterns,
     check_refused,
 )
-from .draw import GENERATOR, check_seed
-from .families import get_family
-from .residency import Residency, check_residency
+from .residency.forms import Residency, check_residency
+from .scaffold.draw import GENERATOR, check_seed
+from .scaffold.families import get_family
 
-if TYPE_CHECKING:
-    from .plan import Plan
+
+class ArtifactFiles(Protocol):
+    """What `artifact` does with the files beside a config."""
+
+    def check_artifact_files(
+        self, config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None, **hub: Any
+    ) -> None:
+        """Before a config that was read is used."""
+
+    def check_not_pickled(self, folder: str | os.PathLike[str]) -> None:
+        """Before a config is written."""
+
+    def complete_artifact(self, plan: Any, folder: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
+        """After a config was written."""
+
+
+# Puts itself in here when it is imported: it stands above this file, which imports nothing of it.
+artifact_files: ArtifactFiles = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -187,12 +202,12 @@ class LottaLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType.LOTTALORA  # type: ignore[attr-defined]
         # Set when the config is used and when its adapter's tensors are collected; read when it is saved.
-        self._plan: Plan | None = None
+        self._plan: Any = None
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
         self._artifact_architecture: dict[str, Any] | None = None
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
-        check_format(self, from_file)
+        self.format_version = check_format(self.format_version, self.generator, from_file)
         if self.seed is None:
             raise TypeError(
                 "LottaLoraConfig needs a seed: the backbone is drawn from it. Pass for example seed=42."
@@ -205,16 +220,17 @@ class LottaLoraConfig(LoraConfig):
             self.adapter_seed = check_seed(self.adapter_seed, "adapter_seed")
         if self.scale is None:
             self.scale = get_family(self.family).scale_rule
-        check_choices(self)
-        check_patterns(self)
+        values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+        check_choices(values)
+        check_patterns(values)
         check_residency(self.residency, {self.family, *self.family_pattern.values()})
-        check_numbers(self)
+        check_numbers(values)
         extras = [name for name in ("use_dora", "layer_norm", "residual") if getattr(self, name)]
         if extras and self.embeddings == "lora":
             raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
         if self.dora_magnitude != "outputs" and not self.use_dora:
             raise ValueError(f"dora_magnitude={self.dora_magnitude!r} needs use_dora=True.")
-        check_refused(self)
+        check_refused(values)
         if self.family == "zero" and self.init_lora_weights is True and not from_file:
             warnings.warn(
                 "family='zero' with B = 0 passes nothing on, and no gradient back: most adapters will not learn. Pass "
@@ -248,7 +264,7 @@ class LottaLoraConfig(LoraConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if isinstance(config, cls):
-            check_artifact_files(config, pretrained_model_name_or_path, subfolder, **kwargs)
+            artifact_files.check_artifact_files(config, pretrained_model_name_or_path, subfolder, **kwargs)
         return config  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -258,7 +274,7 @@ class LottaLoraConfig(LoraConfig):
         Raises:
             ValueError: the weights were pickled (`safe_serialization=False`).
         """
-        check_not_pickled(save_directory)
+        artifact_files.check_not_pickled(save_directory)
         recorded: dict[str, Any] = {}
         if self._plan is not None:
             recorded = {**self._plan.recorded_digests(), "other_dtypes": self._other_dtypes}
@@ -267,7 +283,7 @@ class LottaLoraConfig(LoraConfig):
         saved = dataclasses.replace(self, **recorded, lottalora_version=_package_version())
         LoraConfig.save_pretrained(saved, str(save_directory), **kwargs)
         if self._plan is not None:
-            complete_artifact(self._plan, save_directory, self._saved_dtype)
+            artifact_files.complete_artifact(self._plan, save_directory, self._saved_dtype)
 
 
 def _field_list() -> str:

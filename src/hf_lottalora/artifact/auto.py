@@ -1,0 +1,183 @@
+"""Load an artifact with nothing but the artifact: build on the meta device, draw once, return a `PeftModel`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from peft import PeftModel
+from transformers import AutoConfig
+from transformers.initialization import no_init_weights
+
+from ..config import LottaLoraConfig
+from ..paths import owner_of
+from ..residency.forms import Residency, check_residency
+from .files import HUB_OPTIONS, locate
+from .loaders import builds, loader_of
+
+
+class _AutoLottaLora:
+    """`from_pretrained(path)` for one kind of head. Not to be instantiated."""
+
+    _auto_class: Any
+
+    def __init__(self) -> None:
+        raise OSError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(path).")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        attn_implementation: str | None = None,
+        residency: Residency | None = None,
+        **hub_kwargs: Any,
+    ) -> PeftModel:
+        """Rebuild the model that `save_pretrained` wrote, to the bit.
+
+        Args:
+            path: the artifact's folder, or a hub repository id.
+            adapter_name: name of the adapter in the model.
+            is_trainable: whether to go on training it; otherwise the model is in eval mode.
+            autocast_adapter_dtype: as in `PeftModel.from_pretrained`.
+            dtype: dtype of the model, or its name; default and "auto": the one it was saved in.
+            device: where the model goes once it is built.
+            attn_implementation: as in transformers; default: what it chooses here.
+            residency: "dense", "packed", "int4" or "streamed", see `LottaLoraConfig`; default: its config's.
+            hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Returns:
+            A `PeftModel`, of the class that the artifact's `task_type` asks for.
+
+        Raises:
+            ValueError: something is missing, damaged, or belongs to another scaffold; the message names it.
+        """
+        unknown = hub_kwargs.keys() - {"subfolder", *HUB_OPTIONS}
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained does not take {sorted(unknown)}. The architecture and the adapter's "
+                "options come from the artifact; besides dtype, device, "
+                "attn_implementation and residency it takes subfolder, "
+                f"{', '.join(HUB_OPTIONS)}."
+            )
+        config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
+        if not isinstance(config, LottaLoraConfig):
+            raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")
+        families = {config.family, *config.family_pattern.values()}
+        config.residency = check_residency(residency or config.residency, families)
+        file = locate(path, "config.json", **hub_kwargs)
+        if file is None:
+            raise ValueError(
+                f"{path} has no config.json, so the architecture is unknown. If the model was a plain nn.Module, build "
+                "it yourself and use PeftModel.from_pretrained(module, path)."
+            )
+        architecture = AutoConfig.from_pretrained(file)
+        cls._check_class(path, architecture)
+        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        dtype = _dtype(dtype) or architecture.dtype or torch.float32
+        if config.redraw == "all" or config.save_kept:
+            # Buffers must be real: rotary and position tables have no other source. Weights are drawn or read later.
+            with init_empty_weights(include_buffers=False), no_init_weights():
+                model = cls._auto_class.from_config(architecture, dtype=dtype, **attention)
+            for tensor_path, other in (config.other_dtypes or {}).items() if dtype == architecture.dtype else ():
+                owner, name = owner_of(model, tensor_path)
+                cast = getattr(owner, name).to(getattr(torch, other))
+                if name in owner._buffers:
+                    owner._buffers[name] = cast
+                else:
+                    owner._parameters[name] = torch.nn.Parameter(cast, requires_grad=False)
+            model.tie_weights()  # on the meta device each module got a parameter of its own
+        else:
+            if not config.base_model_name_or_path:
+                raise ValueError(
+                    f"{path} keeps pretrained weights (redraw={config.redraw!r}) but names no base model. Load that "
+                    "model yourself and use PeftModel.from_pretrained(model, path)."
+                )
+            model = cls._auto_class.from_pretrained(
+                config.base_model_name_or_path,
+                revision=config.revision,
+                config=architecture,
+                dtype=dtype,
+                **attention,
+            )
+        peft_model = PeftModel.from_pretrained(
+            model,
+            path,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=True,  # no starting values for what the artifact has
+            torch_device="cpu",
+            config=config,
+            **hub_kwargs,
+        )
+        return peft_model.to(device)
+
+    @classmethod
+    def _check_class(cls, path: str | os.PathLike[str], architecture: Any) -> None:
+        saved = (architecture.architectures or [None])[0]
+        if saved is None or builds(cls._auto_class, architecture, saved):
+            return
+        loader = loader_of(architecture, saved)
+        advice = f"Use {loader}." if loader else f"Build the {saved} yourself and use PeftModel.from_pretrained."
+        raise ValueError(f"{path} is a {saved}, which {cls.__name__} does not build. {advice}")
+
+
+def _dtype(wanted: torch.dtype | str | None) -> torch.dtype | None:
+    """None for the one that the model was saved in."""
+    if wanted is None or wanted == "auto":
+        return None
+    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point dtype of torch, its name, or 'auto', got {wanted!r}.")
+    return dtype
+
+
+class AutoLottaLoraModel(_AutoLottaLora):
+    """Any architecture without a head (`transformers.AutoModel`)."""
+
+    _auto_class = transformers.AutoModel
+
+
+class AutoLottaLoraModelForCausalLM(_AutoLottaLora):
+    """Causal language models."""
+
+    _auto_class = transformers.AutoModelForCausalLM
+
+
+class AutoLottaLoraModelForSeq2SeqLM(_AutoLottaLora):
+    """Encoder-decoder language models."""
+
+    _auto_class = transformers.AutoModelForSeq2SeqLM
+
+
+class AutoLottaLoraModelForSequenceClassification(_AutoLottaLora):
+    """Text classification and regression."""
+
+    _auto_class = transformers.AutoModelForSequenceClassification
+
+
+class AutoLottaLoraModelForTokenClassification(_AutoLottaLora):
+    """Token classification."""
+
+    _auto_class = transformers.AutoModelForTokenClassification
+
+
+class AutoLottaLoraModelForQuestionAnswering(_AutoLottaLora):
+    """Extractive question answering."""
+
+    _auto_class = transformers.AutoModelForQuestionAnswering
+
+
+class AutoLottaLoraModelForImageClassification(_AutoLottaLora):
+    """Image classification."""
+
+    _auto_class = transformers.AutoModelForImageClassification

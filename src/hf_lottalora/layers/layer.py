@@ -1,0 +1,286 @@
+"""The layer: `y = beta * (W x) + scaling * B A x + bias` (paper section 1), over PEFT's LoRA layers.
+
+Shapes: x `(..., I)`, W `(O, I)` (nn.Linear) or `(I, O)` (Conv1D), A `(r, I)`, B `(O, r)`, beta `(1,)`.
+
+With several active adapters each adds `(beta_i - 1) W x + s_i B_i A_i x` to the same W x; one gives the paper's
+equation exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..scaffold.tensor import ScaffoldTensor
+from .functional import without_autocast
+
+
+class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
+    """What LottaLoRA adds to a PEFT LoRA layer: beta, and a base weight that can be drawn again."""
+
+    adapter_layer_names = (
+        *lora.LoraLayer.adapter_layer_names, "lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias"
+    )  # fmt: skip
+
+    # How the base weight was drawn; None where a pretrained weight was kept.
+    scaffold: ScaffoldTensor | None = None
+    # The base weight while adapters are merged into its place, where it cannot be drawn again: a pretrained one that
+    # was kept, or a drawn one that a cast to a smaller dtype has rounded.
+    _unmerged_weight: torch.Tensor | None = None
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        if "lora_beta" not in self._modules:
+            self.lora_beta, self.lora_magnitude = nn.ParameterDict(), nn.ParameterDict()
+            self.lora_norm_weight, self.lora_norm_bias = nn.ParameterDict(), nn.ParameterDict()
+            self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+            self.residual: dict[str, bool] = {}
+            self._made: set[str] = set()
+        self._made.discard(adapter_name)
+        self.lora_beta[adapter_name] = nn.Parameter(torch.ones(1))
+        self.residual[adapter_name] = config.residual
+        if config.use_dora:
+            W = self.get_base_layer().weight
+            W = W.t() if self._weight_is_IO else W
+            per_input = config.dora_magnitude == "inputs"
+            self.lora_magnitude[adapter_name] = nn.Parameter(torch.ones((1, *W.shape[1:]) if per_input else len(W)))
+        if config.layer_norm:
+            self.lora_norm_weight[adapter_name] = nn.Parameter(torch.ones(self.out_features))
+            self.lora_norm_bias[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self._made.add(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's leaves the dtype of what is on the meta device, and rounds to the base layer's dtype what
+        # low_cpu_mem_usage has just read from a file; of those in a ParameterDict it makes new, trainable ones.
+        W = self.get_base_layer().weight
+        dtype = None if adapter_name in self._made else W.dtype
+        for tensor in self.adapter_parameters(adapter_name):
+            tensor.data = tensor.data.to("meta" if tensor.is_meta else device or W.device, dtype)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Those of one adapter here, in an order that does not change."""
+        for role in self.adapter_layer_names:
+            held = getattr(self, role, {})
+            if adapter_name in held:
+                item = held[adapter_name]
+                yield from item.parameters() if isinstance(item, nn.Module) else (item,)
+
+    def freeze_beta(self, adapter_name: str) -> None:
+        """Beta stays as it is, whatever PEFT switches on."""
+        self.frozen_peft_weight_names[adapter_name] = ("lora_beta",)
+        self.lora_beta[adapter_name].requires_grad_(False)
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
+        """None: PEFT's variants would bypass beta. What there is of DoRA is here."""
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Nothing: the tuner draws A and B from the stream, by name (`init_adapter`)."""
+
+    def _pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B as `(r, in)` and `(out, r)`."""
+        return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+
+    def init_adapter(self, adapter_name: str, path: str, seed: int, zero_B: bool) -> None:
+        """Draw A (Kaiming uniform, a = sqrt(5): U(-1/sqrt(fan_in), 1/sqrt(fan_in))) and B (zero, or likewise).
+
+        An embedding's A multiplies one-hot rows: as in PEFT it is the zero one, and its B is normal.
+        """
+        for role, tensor in zip("AB", self._pair(adapter_name), strict=True):
+            embedding = isinstance(self.get_base_layer(), nn.Embedding)
+            if zero_B and role == ("A" if embedding else "B"):
+                nn.init.zeros_(tensor)
+                continue
+            family, scale = ("normal", 1.0) if embedding else ("uniform", 1 / math.sqrt(3 * tensor[0].numel()))
+            spec = ScaffoldTensor(f"{path}.lora_{role}.weight", tuple(tensor.shape), seed, family, scale)
+            with torch.no_grad():
+                tensor.copy_(spec.draw(tensor.dtype, tensor.device))
+        if adapter_name in self.lora_magnitude:
+            self.lora_magnitude[adapter_name].data.copy_(self._norms(adapter_name))
+
+    def _active(self) -> list[str]:
+        adapters = [name for name in self.active_adapters if name in self.lora_beta]
+        self._check_together(adapters)
+        return adapters
+
+    def _total_beta(self, adapters: list[str]) -> torch.Tensor:
+        if len(adapters) == 1:
+            return self.lora_beta[adapters[0]]
+        return 1 + sum(self.lora_beta[name] - 1 for name in adapters)
+
+    def original_weight(self) -> torch.Tensor:
+        """The base weight without any adapter, in the dtype it is held in: drawn again, or the kept one."""
+        weight = self.get_base_layer().weight
+        if not self.merged:
+            return weight.detach()
+        if self._unmerged_weight is not None:
+            return self._unmerged_weight
+        if self.scaffold is None:
+            raise RuntimeError("The weight under a merged adapter is gone; load the base model again.")
+        return self.scaffold.draw(weight.dtype, weight.device)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What merging adds to W: `(beta - 1) W + scaling * B A`, with DoRA's magnitude and the residual if on.
+
+        In float32 (float64 for a float64 layer), in the layout of W.
+        """
+        original = self.original_weight()
+        exact = torch.promote_types(original.dtype, torch.float32)
+        A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
+        product = self._product(A, B) * self.scaling[adapter]
+        summed = self.lora_beta[adapter].detach().to(exact) * original.to(exact) + product
+        if adapter in self.lora_magnitude:
+            summed = self._with_magnitude_in(summed, adapter)
+        if self.residual[adapter] and self._keeps_shape:
+            identity = torch.empty_like(summed)
+            summed = summed + (nn.init.eye_(identity) if summed.dim() == 2 else self._dirac(identity))
+        return summed - original.to(exact)
+
+    def _magnitude_is_per_input(self, name: str) -> bool:
+        return name in self.lora_magnitude and self.lora_magnitude[name].dim() > 1
+
+    @torch.no_grad()
+    def _norms(self, adapter: str) -> torch.Tensor:
+        """Norms of the rows (or columns) of `beta W + scaling * B A` without forming it; in the magnitude's shape."""
+        W = self.original_weight()
+        W = W.t() if self._weight_is_IO else W.flatten(1)
+        exact = torch.promote_types(W.dtype, torch.float32)
+        A, B = (tensor.to(exact).flatten(1) for tensor in self._pair(adapter))
+        if self._magnitude_is_per_input(adapter):
+            W, A, B = W.t(), B.t(), A.t()
+        beta, s = self.lora_beta[adapter].to(exact), self.scaling[adapter]
+        W = W.to(exact)
+        with without_autocast(W):
+            cross, low_rank = (W @ A.t() * B).sum(1), (B @ (A @ A.t()) * B).sum(1)
+            square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
+        return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter])
+
+    def _magnitude_over_norms(self, name: str) -> torch.Tensor:
+        """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(1, I, ...)`.
+
+        No gradient passes through the norms, as in PEFT.
+        """
+        return self.lora_magnitude[name] / self._norms(name)
+
+    def _with_magnitude_in(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """Multiply a weight in the layout of W by DoRA's factor."""
+        factor = self._magnitude_over_norms(name).to(weight.dtype)
+        if not self._magnitude_is_per_input(name):
+            factor = factor.view(-1, *(1 for _ in weight.shape[1:]))
+        return weight * (factor.t() if self._weight_is_IO else factor)
+
+    def _with_magnitude(
+        self, y: torch.Tensor, name: str, channels: int = -1, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Multiply y by DoRA's factor per output, if on, and add the bias; `channels` is the dimension of outputs."""
+        shape = [1] * y.dim()
+        shape[channels] = -1
+        if name in self.lora_magnitude and not self._magnitude_is_per_input(name):
+            y = y * self._magnitude_over_norms(name).to(y.dtype).view(shape)
+        return y if bias is None else y + bias.to(y.dtype).view(shape)
+
+    def _finished(self, y: torch.Tensor, x: torch.Tensor, adapters: list[str], channels: int = -1) -> torch.Tensor:
+        """What follows the layer: residual and LayerNorm; `channels` is the dimension of outputs."""
+        name = adapters[0]
+        if self.residual[name] and self._keeps_shape:
+            y = y + x
+        if name in self.lora_norm_weight:
+            weight, bias = self.lora_norm_weight[name].to(y.dtype), self.lora_norm_bias[name].to(y.dtype)
+            y = F.layer_norm(y, (y.shape[-1],), weight, bias)
+        return y
+
+    def _check_together(self, adapters: list[str]) -> None:
+        """Refuse several adapters at once where what one computes is no sum."""
+        options = (self.lora_magnitude, self.lora_norm_weight, {name for name, on in self.residual.items() if on})
+        if len(adapters) > 1 and any(name in found for name in adapters for found in options):
+            raise ValueError(
+                f"Adapters {adapters} cannot be active together: use_dora, layer_norm and residual do not add up."
+            )
+
+    @property
+    def _keeps_shape(self) -> bool:
+        """Whether the output has the input's shape, so that a residual is possible."""
+        return bool(self.in_features == self.out_features)
+
+    def _dirac(self, kernel: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _product(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """B A in the layout of W."""
+        return (B @ A).t() if self._weight_is_IO else B @ A
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W <- beta W + scaling * B A, summed in float32 and rounded once.
+
+        Raises:
+            ValueError: an adapter has a LayerNorm, several do not add up, or with `safe_merge` the merged weight is not
+                finite; nothing was changed.
+        """
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_beta]
+        if not adapters:
+            return
+        self._check_together([*self.merged_adapters, *adapters])
+        if any(name in self.lora_norm_weight for name in adapters):
+            raise ValueError(f"Adapters {adapters} have a LayerNorm after the layer, which no weight can contain.")
+        weight = self.get_base_layer().weight
+        original = self.original_weight()
+        exact = torch.promote_types(original.dtype, torch.float32)
+        merged = original.to(exact)
+        for name in [*self.merged_adapters, *adapters]:
+            merged = merged + self.get_delta_weight(name)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
+        if not self.merged and not (self.scaffold is not None and self.scaffold.is_in(original)):
+            self._unmerged_weight = original.clone()
+        weight.data.copy_(merged)
+        self.merged_adapters.extend(adapters)
+
+    def unmerge(self) -> None:
+        """Back to the weight before merging, to the bit."""
+        if not self.merged:
+            super().unmerge()  # warns
+            return
+        self.get_base_layer().weight.data.copy_(self.original_weight())
+        self.merged_adapters.clear()
+        self._unmerged_weight = None
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in set(adapter_names) & set(self.lora_beta.keys()):
+            rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
+            result[rows] = self._adapted(x[rows], [name]).to(result.dtype)
+        return result
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`(..., I) -> (..., O)`; for an embedding `(...) -> (..., O)`."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        kwargs.pop("alora_offsets", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        active = self._active()
+        if self.disable_adapters or self.merged or not active:
+            result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            return result
+        return self._adapted(x, active)
+
+    def __repr__(self) -> str:
+        return f"lottalora.{nn.Module.__repr__(self)}"  # type: ignore[arg-type]
+
+    @property
+    def _weight_is_IO(self) -> bool:
+        return isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
+
+    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        raise NotImplementedError

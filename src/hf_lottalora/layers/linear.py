@@ -1,0 +1,44 @@
+"""The equation over linear layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import nn
+
+from .functional import ScaledLinear, matmul_dtype
+from .layer import ScaffoldLayer
+
+
+class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
+    """LottaLoRA over `nn.Linear` or transformers' `Conv1D`."""
+
+    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        base = self.get_base_layer()
+        x_adapted = x = x.to(matmul_dtype(x))
+        per_input = self._magnitude_is_per_input(adapters[0])
+        if per_input:
+            x_adapted = x * self._magnitude_over_norms(adapters[0])[0].to(x.dtype)
+        # Dropout acts on the adapter's input alone, so such an adapter takes its own way, as in PEFT.
+        dropped = [name for name in adapters if self.training and not isinstance(self.lora_dropout[name], nn.Identity)]
+        fused = [name for name in adapters if name not in dropped]
+        A, B, scaling = self._joined(fused)
+        beta = self._total_beta(adapters)
+        # DoRA's factor per output is for what comes before the bias.
+        late_bias = base.bias if adapters[0] in self.lora_magnitude and not per_input else None
+        bias = None if late_bias is not None else base.bias
+        y: torch.Tensor = ScaledLinear.apply(x_adapted, base.weight, bias, beta, A, B, scaling, self._weight_is_IO)
+        for name in dropped:
+            A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
+            y = y + F.linear(F.linear(self.lora_dropout[name](x_adapted), A), B) * self.scaling[name]
+        return self._finished(self._with_magnitude(y, adapters[0], bias=late_bias), x, adapters)
+
+    def _joined(self, adapters: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+        if not adapters:
+            return None, None, 1.0
+        if len(adapters) == 1:
+            return *self._pair(adapters[0]), self.scaling[adapters[0]]
+        pairs = [self._pair(name) for name in adapters]
+        B = [B * self.scaling[name] for name, (_, B) in zip(adapters, pairs, strict=True)]
+        return torch.cat([A for A, _ in pairs]), torch.cat(B, dim=1), 1.0

@@ -1,0 +1,241 @@
+"""The plan: which role each tensor gets, made and validated before the model is touched."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ..options import Magnitude
+from ..scaffold.draw import FORMAT_VERSION, GENERATOR
+from ..scaffold.tensor import ScaffoldTensor, combined_digest
+from .survey import Survey, SurveyedTensor
+
+MANIFEST_KEY = "lottalora_manifest"
+PREFIX = "base_model.model."  # PEFT's prefix of every key in an adapter file
+
+Role = Literal["scaffold", "trained", "kept"]
+AdapterKind = Literal["linear", "conv", "embedding", "tied_head"]
+
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def saved_key(path: str) -> str:
+    """Key in the adapter file of the tensor with this clean path."""
+    return PREFIX + path
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedTensor:
+    """What becomes of one tensor of the base model.
+
+    Attributes:
+        survey: the tensor.
+        role: "scaffold" (drawn, frozen, never saved), "trained" (saved) or "kept" (frozen, not drawn).
+        base: how its value without adapters arises: drawn, the architecture's constant, or None = as it is.
+        start: how the copy that an adapter trains starts; meaningful for trained tensors only.
+        saved: whether the artifact contains it.
+    """
+
+    survey: SurveyedTensor
+    role: Role
+    base: ScaffoldTensor | torch.Tensor | None
+    start: ScaffoldTensor | torch.Tensor | None
+    saved: bool
+
+    @property
+    def path(self) -> str:
+        """The tensor's path in the model."""
+        return self.survey.path
+
+    @property
+    def name(self) -> str:
+        """The tensor's canonical name."""
+        return self.survey.name
+
+
+@dataclass(frozen=True)
+class PlannedAdapter:
+    """A, B, beta and their options over one module; a tied head shares those of the input embedding."""
+
+    path: str
+    kind: AdapterKind
+    in_features: int
+    out_features: int
+    r: int
+    scaling: float
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    train_beta: bool = True
+    dora: Magnitude | None = None
+    layer_norm: bool = False
+    residual: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter's tensors by their name in the artifact, below the module's path."""
+        r, d_in, d_out = self.r, self.in_features, self.out_features
+        if self.kind in ("linear", "conv"):
+            A, B = (r, d_in // self.groups, *self.kernel), (d_out, r // self.groups, *(1 for _ in self.kernel))
+            shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": A, "lora_B.weight": B, "lora_beta": (1,)}
+            magnitude = {"outputs": (d_out,), "inputs": (1, *A[1:])}
+            shapes.update({"lora_magnitude": magnitude[self.dora]} if self.dora else {})
+            shapes.update({"lora_norm_weight": (d_out,), "lora_norm_bias": (d_out,)} if self.layer_norm else {})
+            return shapes
+        if self.kind == "embedding":
+            return {"lora_embedding_A": (r, d_in), "lora_embedding_B": (d_out, r), "lora_beta": (1,)}
+        return {}
+
+    @property
+    def numel(self) -> int:
+        """Parameters in A, B and beta."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Roles of all tensors, the adapters, and what they cost. `print(plan)` shows it as a table.
+
+    Attributes:
+        survey: the model that was planned for.
+        tensors: one entry per distinct tensor of the base model.
+        adapters: one entry per adapted module.
+        seed: the scaffold's.
+        digests: filled once, by `scaffold_digests`.
+    """
+
+    survey: Survey
+    tensors: tuple[PlannedTensor, ...]
+    adapters: tuple[PlannedAdapter, ...]
+    seed: int
+    digests: dict[str, str] = field(default_factory=dict, repr=False)
+    kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def with_role(self, role: Role) -> Iterator[PlannedTensor]:
+        """The tensors that have this role."""
+        return (tensor for tensor in self.tensors if tensor.role == role)
+
+    @property
+    def scaffold(self) -> dict[str, ScaffoldTensor]:
+        """The drawn, frozen tensors by path."""
+        return {t.path: t.base for t in self.with_role("scaffold") if isinstance(t.base, ScaffoldTensor)}
+
+    @property
+    def saved(self) -> dict[str, PlannedTensor]:
+        """The tensors of the base model that the artifact contains, by path."""
+        return {tensor.path: tensor for tensor in self.tensors if tensor.saved}
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trainable parameters in A, B and beta ("internal" in the paper's tables)."""
+        fixed = sum("lora_beta" in adapter.shapes and not adapter.train_beta for adapter in self.adapters)
+        return sum(adapter.numel for adapter in self.adapters) - fixed
+
+    @property
+    def trainable_parameters(self) -> int:
+        """All trainable parameters: adapters and trained tensors."""
+        return self.adapter_parameters + sum(tensor.survey.numel for tensor in self.with_role("trained"))
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the base model and the adapters."""
+        base = sum(tensor.survey.numel for tensor in self.tensors if tensor.survey.kind != "buffer")
+        return base + sum(adapter.numel for adapter in self.adapters)
+
+    def scaffold_digests(self) -> dict[str, str]:
+        """Digest of each scaffold tensor by canonical name."""
+        if not self.digests:
+            self.digests.update({spec.name: spec.digest() for spec in self.scaffold.values()})
+        return self.digests
+
+    def recorded_digests(self) -> dict[str, dict[str, str]]:
+        """What adapter_config.json records of the tensors that the artifact does not contain."""
+        return {"scaffold_digests": self.scaffold_digests(), "kept_digests": self.kept_digests}
+
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every key of the adapter file but the manifest, with its shape."""
+        shapes = {
+            saved_key(f"{adapter.path}.{name}"): shape
+            for adapter in self.adapters
+            for name, shape in adapter.shapes.items()
+        }
+        shapes.update({saved_key(path): tensor.survey.shape for path, tensor in self.saved.items()})
+        return shapes
+
+    def manifest(self) -> torch.Tensor:
+        """Seed, format, digests and scaling factors as a uint8 tensor of JSON, shape `(n,)`."""
+        digests = self.scaffold_digests()
+        content = {
+            "format_version": FORMAT_VERSION,
+            "generator": GENERATOR,
+            "seed": self.seed,
+            "digest": combined_digest(self.seed, digests),
+            "scaffold": digests,
+            "kept": self.kept_digests,
+            "scaling": {adapter.path: adapter.scaling for adapter in self.adapters},
+            "residual": any(adapter.residual for adapter in self.adapters),
+        }
+        data = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def adapter_dtype(self) -> torch.dtype:
+        """PEFT holds adapters over a half-precision model in float32 (`autocast_adapter_dtype`)."""
+        dtype = next((t.survey.dtype for t in self.tensors if t.survey.dtype.is_floating_point), torch.float32)
+        return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+    def artifact_bytes(self, adapter_dtype: torch.dtype | None = None) -> int:
+        """Size of `adapter_model.safetensors`, to within a few bytes: saved tensors, manifest, header."""
+        dtypes = {saved_key(path): tensor.survey.dtype for path, tensor in self.saved.items()}
+        shapes = {**self.saved_shapes(), MANIFEST_KEY: tuple(self.manifest().shape)}
+        dtypes[MANIFEST_KEY] = torch.uint8
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for key, shape in shapes.items():
+            dtype = dtypes.get(key, adapter_dtype or self.adapter_dtype())
+            size = math.prod(shape) * dtype.itemsize
+            entries[key] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
+            at += size
+        header = len(json.dumps(entries, separators=(",", ":")))
+        return at + 8 + -(-header // 8) * 8
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, str], list[int]] = {}
+
+        def add(role: str, path: str, numel: int, size: int) -> None:
+            row = rows.setdefault((role, re.sub(r"\.\d+\.", ".*.", path)), [0, 0, 0])
+            row[0] += 1
+            row[1] += numel
+            row[2] += size
+
+        for tensor in self.tensors:
+            add(tensor.role, tensor.path, tensor.survey.numel, tensor.survey.numel * tensor.survey.dtype.itemsize)
+        for adapter in self.adapters:
+            if adapter.shapes:
+                label = f"{adapter.path} (A, B, beta)"
+                add("adapter", label, adapter.numel, adapter.numel * self.adapter_dtype().itemsize)
+        width = max(len(path) for _, path in rows)
+        lines = [f"LottaLoRA plan for {self.survey.class_name}, seed {self.seed}"]
+        lines.append(f"{'role':<9} {'tensor':<{width}} {'count':>5} {'parameters':>13} {'bytes':>14}")
+        for (role, path), (count, numel, size) in sorted(rows.items(), key=lambda row: row[0][0]):
+            lines.append(f"{role:<9} {path:<{width}} {count:>5} {numel:>13,} {size:>14,}")
+        share = self.trainable_parameters / self.total_parameters
+        lines.append(
+            f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of which "
+            f"A, B and beta {self.adapter_parameters:,}"
+        )
+        lines.append(f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed")
+        return "\n".join(lines)

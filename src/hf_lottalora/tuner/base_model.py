@@ -1,0 +1,187 @@
+"""The base model itself: every frozen tensor gets its value, once, in place; later it is found under the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..layers.layer import ScaffoldLayer
+from ..paths import clean_modules, owner_of
+from ..plan.plan import PREFIX, Plan, PlannedTensor
+from ..residency.forms import Residency, VirtualWeight, resident
+from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
+from .trained import TrainedTensors
+
+
+def other_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, str]:
+    """Dtypes by clean path that building the architecture in `dtype` would not give.
+
+    Unsaved buffers in half precision (rotary tables that `model.half()` has rounded), and parameters that some
+    architectures hold in another precision than the rest.
+    """
+    found = {}
+    for path, module in clean_modules(model):
+        for name, buffer in module._buffers.items():
+            unsaved = name in module._non_persistent_buffers_set
+            if buffer is not None and unsaved and buffer.dtype in (torch.float16, torch.bfloat16):
+                found[f"{path}.{name}"] = buffer.dtype
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                found[f"{path}.{name}"] = parameter.dtype
+    return {path: str(found[path]).removeprefix("torch.") for path in found}
+
+
+def check_loadable(model: nn.Module, plan: Plan) -> None:
+    """Refuse a model on the meta device that would be left with tensors without a value.
+
+    Raises:
+        ValueError: a buffer is on the meta device, or a parameter there is neither drawn nor saved.
+    """
+    for path, module in clean_modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                raise ValueError(
+                    f"Buffer '{path}.{name}' is on the meta device, and nothing here can compute it. Build the model "
+                    "under accelerate.init_empty_weights(include_buffers=False) instead of torch.device('meta')."
+                )
+    for tensor in plan.tensors:
+        live = getattr(*owner_of(model, tensor.path))
+        if live.is_meta and tensor.base is None and not tensor.saved:
+            raise ValueError(
+                f"{tensor.path!r} is on the meta device and is neither drawn nor saved, so it has no value. Load the "
+                "base model's weights first, or pass redraw='all'."
+            )
+
+
+def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") -> None:
+    """Give every frozen tensor of the base model its value: the scaffold in one parallel pass, in place."""
+    draws = {}
+    for tensor in plan.tensors:
+        if tensor.role == "trained":
+            continue
+        live = getattr(*owner_of(model, tensor.path))
+        if residency != "dense" and isinstance(tensor.base, ScaffoldTensor) and can_be_virtual(model, tensor):
+            device = "cpu" if live.is_meta else live.device
+            _replace(model, tensor, resident(tensor.base, residency, live.dtype, device))
+            continue
+        if live.is_meta:
+            live = _replace(model, tensor, torch.empty(live.shape, dtype=live.dtype))
+        if isinstance(tensor.base, ScaffoldTensor):
+            draws[tensor.base] = live
+        elif tensor.base is not None:
+            with torch.no_grad():
+                live.copy_(tensor.base)
+    draw_into(draws)
+
+
+def can_be_virtual(model: nn.Module, tensor: PlannedTensor) -> bool:
+    """Whether a scaffold tensor can be other than dense: not what fused kernels read by its address."""
+    owner, attribute = owner_of(model, tensor.path)
+    exact = isinstance(tensor.base, ScaffoldTensor) and tensor.base.exact
+    elsewhere = isinstance(owner, (nn.RNNBase, nn.MultiheadAttention)) or getattr(owner, "max_norm", None) is not None
+    return tensor.role == "scaffold" and exact and attribute in owner._parameters and not elsewhere
+
+
+def _replace(model: nn.Module, tensor: PlannedTensor, value: torch.Tensor) -> nn.Parameter:
+    """Another parameter in the place of a frozen one, also where it is tied."""
+    live = nn.Parameter(value, requires_grad=False)
+    for path in {tensor.path, *tensor.survey.aliases}:
+        owner, attribute = owner_of(model, path)
+        owner._parameters[attribute] = live
+    return live
+
+
+class BaseTensors:
+    """The tensors of a base model while adapters are over it: installed in their place, or merged into them."""
+
+    def __init__(self, model: nn.Module, trained: TrainedTensors) -> None:
+        self.model, self.trained = model, trained
+
+    def set_residency(self, plan: Plan, residency: Residency) -> None:
+        """Hold the scaffold dense, packed or streamed, tensor by tensor; the values stay.
+
+        Raises:
+            ValueError: a dense weight is not what the seed draws, so giving it up would change the model.
+        """
+        bare = [tensor for tensor in plan.with_role("scaffold") if self.is_bare(tensor.path)]
+        for tensor in bare if residency != "dense" else ():
+            dense = not isinstance(getattr(*owner_of(self.model, tensor.path)), VirtualWeight)
+            if dense and can_be_virtual(self.model, tensor):
+                assert isinstance(tensor.base, ScaffoldTensor)
+                self.verify(tensor.path, tensor.base)
+        for tensor in bare:
+            live = getattr(*owner_of(self.model, tensor.path))
+            if residency == "dense":
+                if isinstance(live, VirtualWeight):
+                    _replace(self.model, tensor, live.dense())
+            elif isinstance(live, VirtualWeight):
+                live.hold(residency)
+            elif can_be_virtual(self.model, tensor):
+                assert isinstance(tensor.base, ScaffoldTensor)
+                _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
+
+    def is_bare(self, path: str) -> bool:
+        """Whether the live tensor is the base model's own: nothing trained stands there, nothing is merged into it."""
+        installed = self.trained.planned.get(self.trained.installed or "", {})
+        return path not in installed and self._merged_layer(path) is None
+
+    def value(self, path: str) -> torch.Tensor:
+        """The value of a tensor without any adapter."""
+        layer = self._merged_layer(path)
+        return self.trained.base_value(self.model, path) if layer is None else layer.original_weight()
+
+    def saved_value(self, path: str, adapter: str, state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What this adapter's artifact contains: its trained copy, or the base value. From `state_dict` if live."""
+        installed = self.trained.installed == adapter
+        copy = None if installed else self.trained.parameters_of(self.model, adapter).get(path)
+        if copy is not None:
+            return copy
+        if path in self.trained.planned.get(adapter, {}) or self.is_bare(path):
+            return state_dict[PREFIX + self._state_path(path)]
+        return self.value(path)
+
+    def kept_digests(self, plan: Plan) -> dict[str, str]:
+        """Digest by name of each kept tensor that the artifact does not contain."""
+        unsaved = [tensor for tensor in plan.with_role("kept") if not tensor.saved]
+        return {tensor.name: sampled_digest(self.value(tensor.path)) for tensor in unsaved}
+
+    def verify_unsaved(self, plan: Plan) -> None:
+        """Before saving: what is not saved must be what the seed draws. A merged layer's weight is drawn again."""
+        for path, spec in plan.scaffold.items():
+            if self.is_bare(path):
+                self.verify(path, spec)
+
+    def verify(self, path: str, spec: ScaffoldTensor, full: bool = False, runs: int = RUNS) -> None:
+        """Compare a live weight, in its dtype, with what the seed draws: so many sampled runs, or every element.
+
+        Raises:
+            ValueError: they differ.
+        """
+        live = getattr(*owner_of(self.model, path)).detach()
+        if not (live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs)):
+            raise ValueError(
+                f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
+                "merged into (see unmerge_adapter), or cast to a smaller dtype and back."
+            )
+
+    def _merged_layer(self, path: str) -> ScaffoldLayer | None:
+        layer = self.model.get_submodule(path.rpartition(".")[0])
+        if isinstance(layer, ScaffoldLayer) and layer.merged and path.endswith(".weight"):
+            return layer
+        return None
+
+    def _state_path(self, path: str) -> str:
+        """The path that a base tensor has now that PEFT has wrapped some modules."""
+        parts = []
+        module = self.model
+        *parents, attribute = path.split(".")
+        for parent in parents:
+            parts.append(parent)
+            module = getattr(module, parent)
+            if isinstance(module, BaseTunerLayer):
+                parts.append("base_layer")
+                module = module.base_layer  # type: ignore[assignment]
+        return ".".join([*parts, attribute])

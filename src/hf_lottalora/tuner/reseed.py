@@ -1,0 +1,175 @@
+"""Another scaffold under the same adapters: for resampling, seed gating and the scaffold-off ablation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..config import LottaLoraConfig
+from ..layers.layer import ScaffoldLayer
+from ..paths import owner_of
+from ..plan.plan import Plan
+from ..plan.planner import plan_from_survey
+from ..residency.forms import VirtualWeight
+from ..scaffold.draw import check_seed
+from ..scaffold.tensor import ScaffoldTensor, draw_into
+from .base_model import BaseTensors
+from .trained import TrainedTensors
+
+
+class SeedSwitching:
+    """The part of `LottaLoraModel` that draws the scaffold again from another seed."""
+
+    model: nn.Module
+    base: BaseTensors
+    trained: TrainedTensors
+    plans: dict[str, Plan]
+    peft_config: dict[str, LottaLoraConfig]
+    first_config: LottaLoraConfig
+    first_plan: Plan
+
+    _switched = 0  # how many of the contexts below are open
+    _off = 0  # how many of them are scaffold_off
+
+    def set_scaffold_seed(self, seed: int) -> None:
+        """Draw the whole scaffold from another seed, in place, under the adapters as they are.
+
+        From then on this is the model: an artifact that is saved has this seed. What adapters train is not touched,
+        nor where their starting values came from (`adapter_seed`), nor what is kept. The backward pass of an earlier
+        forward pass is an error.
+
+        Raises:
+            TypeError: the seed is not an integer.
+            ValueError: it is out of range, nothing is drawn (`redraw="none"`), or adapters are merged.
+        """
+        seed = check_seed(seed)
+        self._check_switchable()
+        for name, old in self.plans.items():
+            config = self.peft_config[name]
+            self.peft_config[name], plan = self._replanned(config, old, seed)
+            if config is self.first_config:
+                self.first_config, self.first_plan = self.peft_config[name], plan
+            self._use(name, plan)
+        if self.first_plan.seed != seed:  # its adapter was deleted
+            self.first_config, self.first_plan = self._replanned(self.first_config, self.first_plan, seed)
+        self._draw()
+
+    @contextmanager
+    def scaffold_seed(self, seed: int) -> Iterator[None]:
+        """Within the context the scaffold is another seed's; afterwards it is its own again, to the bit.
+
+        Backward passes belong inside: they read the scaffold once more. Merging does not.
+
+        Raises:
+            TypeError, ValueError: as `set_scaffold_seed`; also where the scaffold is not what its seed draws, since it
+                could not be that again.
+
+        Example:
+            >>> import torch
+            >>> from hf_lottalora import LottaLoraConfig
+            >>> from peft import get_peft_model
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+            >>> model = get_peft_model(net, LottaLoraConfig(seed=42, r=1, target_modules=["0"], modules_to_save=["1"]))
+            >>> before = net[0].weight.clone()
+            >>> with model.scaffold_seed(43):
+            ...     torch.equal(net[0].weight, before)
+            False
+            >>> torch.equal(net[0].weight, before)
+            True
+        """
+        configs, plans, first = dict(self.peft_config), dict(self.plans), (self.first_config, self.first_plan)
+        self._check_restorable()
+        self.set_scaffold_seed(seed)
+        self._switched += 1
+        try:
+            yield
+        finally:
+            self._switched -= 1
+            self.set_scaffold_seed(first[1].seed)  # also for adapters that were added meanwhile
+            self.first_config, self.first_plan = first
+            for name in configs.keys() & self.peft_config.keys():
+                self.peft_config[name] = configs[name]
+                self._use(name, plans[name])
+
+    @contextmanager
+    def scaffold_off(self) -> Iterator[None]:
+        """Within the context every drawn matrix is zero (paper section 3, finding 5); look-up tables stay.
+
+        Backward passes belong inside. Merging does not.
+
+        Raises:
+            ValueError: nothing is drawn (`redraw="none"`), adapters are merged, a matrix is under weight norm, or the
+                scaffold is not what its seed draws, so that it could not be that again.
+        """
+        self._check_switchable()
+        self._check_restorable()
+        direction = next((path for path in self.first_plan.scaffold if path.endswith(".original1")), None)
+        if direction:
+            raise ValueError(f"{direction!r} is a direction under weight norm, which cannot be zero.")
+        self._switched, self._off = self._switched + 1, self._off + 1
+        self._draw()
+        try:
+            yield
+        finally:
+            self._switched, self._off = self._switched - 1, self._off - 1
+            self._draw()
+
+    def __getstate__(self) -> object:
+        if self._switched:
+            raise RuntimeError(
+                "Within scaffold_seed or scaffold_off a model cannot be copied or pickled: the copy would not have the "
+                "end of the context. Copy it outside, and use set_scaffold_seed on the copy."
+            )
+        return super().__getstate__()
+
+    def _check_restorable(self) -> None:
+        if not self._switched:  # else what is live may be zeros, and is checked already
+            for path, spec in self.first_plan.scaffold.items():
+                if spec.exact and self.base.is_bare(path):
+                    self.base.verify(path, spec, runs=1)
+
+    def _check_switchable(self) -> None:
+        if not self.first_plan.scaffold:
+            raise ValueError("This model has no scaffold to draw: it was made with redraw='none'.")
+        if any(isinstance(module, ScaffoldLayer) and module.merged for module in self.model.modules()):
+            raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
+
+    def _replanned(self, config: LottaLoraConfig, old: Plan, seed: int) -> tuple[LottaLoraConfig, Plan]:
+        """The config and plan for another seed; a config may be other models' too, so it is copied."""
+        config = copy.copy(config)
+        config.adapter_seed, config.seed = config.effective_adapter_seed, seed
+        plan = config._plan = plan_from_survey(old.survey, config)
+        plan.kept_digests.update(old.kept_digests)
+        return config, plan
+
+    def _use(self, name: str, plan: Plan) -> None:
+        """Make this the plan of an adapter."""
+        self.plans[name] = plan
+        self.trained.replan(name, plan)
+        for path, module in self.model.named_modules():
+            if isinstance(module, ScaffoldLayer):
+                module.scaffold = plan.scaffold.get(f"{path}.weight") or module.scaffold
+
+    def _draw(self) -> None:
+        """Draw what is drawn and live: the scaffold, and trained tensors where no adapter's copy stands."""
+        draws = {}
+        for tensor in self.first_plan.tensors:
+            live = getattr(*owner_of(self.model, tensor.path))
+            live = live if isinstance(live, VirtualWeight) else live.detach()
+            if tensor.path.endswith(".original0") and isinstance(tensor.base, torch.Tensor):
+                live.copy_(tensor.base)  # size under weight norm: that of the direction that is drawn
+            elif tensor.role == "kept" or not isinstance(tensor.base, ScaffoldTensor):
+                continue
+            elif isinstance(live, VirtualWeight):
+                off = self._off and tensor.survey.kind == "matrix"
+                live.assign(replace(tensor.base, family="zero") if off else tensor.base)
+            elif self._off and tensor.role == "scaffold" and tensor.survey.kind == "matrix":
+                live.zero_()
+            elif self.base.is_bare(tensor.path):
+                draws[tensor.base] = live
+        draw_into(draws)

@@ -1,0 +1,171 @@
+"""Tensors of the base model that adapters train: one copy per adapter, installed where the base value stood.
+
+PEFT's `modules_to_save` wraps whole modules. Norms, biases, class tokens and tied embeddings are single tensors, so
+here the *parameter* is exchanged instead: at every path a tied tensor is reached by (a tie cannot break), with no
+wrapper in the forward pass, and with no original kept beside it where that can be drawn again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..paths import owner_of
+from ..plan.plan import Plan, PlannedTensor
+from ..residency.forms import VirtualWeight
+from ..scaffold.tensor import ScaffoldTensor, draw_into
+
+
+class _Shelf(nn.Module):
+    """Parameters by path, moved and cast with the model, without being part of its forward pass."""
+
+    def put(self, path: str, parameter: nn.Parameter) -> None:
+        parameter.requires_grad_(False)
+        self._parameters[path.replace(".", "/")] = parameter  # not register_parameter: PEFT may have patched it to meta
+
+    def take(self, path: str) -> nn.Parameter:
+        parameter = self._parameters.pop(path.replace(".", "/"))
+        assert parameter is not None
+        return parameter
+
+    def get(self, path: str) -> torch.Tensor | None:
+        return self._parameters.get(path.replace(".", "/"))
+
+
+class TrainedTensors(nn.Module):
+    """Per-adapter copies of the trained tensors of one model, of which at most one adapter's are installed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters: dict[str, _Shelf] = nn.ModuleDict()  # type: ignore[assignment]
+        self.originals = _Shelf()  # pretrained values, which cannot be drawn again
+        self.planned: dict[str, dict[str, PlannedTensor]] = {}
+        self.installed: str | None = None
+
+    def add(self, model: nn.Module, adapter: str, plan: Plan, start: bool = True) -> None:
+        """Make the adapter's copies, with their starting values if `start`; they are not installed yet."""
+        shelf = _Shelf()
+        draws: dict[ScaffoldTensor, torch.Tensor] = {}
+        taken = {path for planned in self.planned.values() for path in planned}
+        planned = {tensor.path: tensor for tensor in plan.with_role("trained")}
+        for path, tensor in planned.items():
+            owner, attribute = owner_of(model, path)
+            live = getattr(owner, attribute).detach()
+            # What can be made again needs no second copy: the first adapter trains in the base tensor's own memory.
+            in_memory = not live.is_meta and not isinstance(live, VirtualWeight)
+            reuse = tensor.base is not None and path not in taken and in_memory
+            device = "cpu" if live.is_meta else live.device
+            copy = live if reuse else torch.empty(live.shape, dtype=live.dtype, device=device)
+            if not start:
+                pass  # a file has the values
+            elif isinstance(tensor.start, ScaffoldTensor):
+                draws[tensor.start] = copy
+            elif tensor.start is not None:
+                copy.copy_(tensor.start)
+            elif not live.is_meta:
+                original = self.originals.get(path)
+                copy.copy_(live if original is None else original)
+            shelf.put(path, nn.Parameter(copy, requires_grad=False))
+        draw_into(draws)
+        self.adapters[adapter] = shelf
+        self.planned[adapter] = planned
+
+    def replan(self, adapter: str, plan: Plan) -> None:
+        """The base values beneath are drawn from another seed now; the adapter's copies stay as they are."""
+        self.planned[adapter] = {tensor.path: tensor for tensor in plan.with_role("trained")}
+
+    def install(self, model: nn.Module, adapter: str | None) -> None:
+        """Put this adapter's copies in place; with None, or where it has none, the base values."""
+        if adapter == self.installed:
+            return
+        self.check_installable(adapter)
+        leaving = self.planned.get(self.installed or "", {})
+        coming = self.planned.get(adapter or "", {})
+        for path in {**leaving, **coming}:
+            tensor = coming.get(path) or leaving[path]
+            live = getattr(*owner_of(model, path))
+            if path in leaving:
+                self.adapters[self.installed].put(path, live)  # type: ignore[index]
+            elif tensor.base is None and not live.is_meta:
+                self.originals.put(path, live)
+            if path in coming:
+                parameter = self.adapters[adapter].take(path)  # type: ignore[index]
+            elif tensor.base is None:
+                parameter = self.originals.take(path)
+            else:
+                parameter = _made(tensor, live)
+            for alias in tensor.survey.aliases:
+                owner, attribute = owner_of(model, alias)
+                owner._parameters[attribute] = parameter
+        self.installed = adapter if coming else None
+
+    def check_installable(self, adapter: str | None) -> None:
+        """Whether `install` could go from what is installed to this adapter. Changes nothing.
+
+        Raises:
+            ValueError: the base value of a tensor is needed, and the model was built without it.
+        """
+        if adapter == self.installed:
+            return
+        coming = self.planned.get(adapter or "", {})
+        for path, tensor in self.planned.get(self.installed or "", {}).items():
+            if tensor.base is None and path not in coming and self.originals.get(path) is None:
+                raise ValueError(
+                    f"The pretrained value of {path!r} is needed without adapter {self.installed!r}, but the model was "
+                    "built from an artifact that has the trained value only. Build it over the base model instead: "
+                    "PeftModel.from_pretrained(base_model, path)."
+                )
+
+    def check_removable(self, adapter: str) -> None:
+        """Whether this adapter could be removed. Changes nothing; raises as `check_installable`."""
+        if self.installed == adapter:
+            self.check_installable(None)
+
+    def base_value(self, model: nn.Module, path: str) -> torch.Tensor:
+        """The value of a tensor that no adapter has trained, whatever is installed now."""
+        live: torch.Tensor = getattr(*owner_of(model, path))
+        tensor = self.planned.get(self.installed or "", {}).get(path)
+        if tensor is None:
+            return live
+        original = self.originals.get(path)
+        return original if original is not None else _made(tensor, live)
+
+    def remove(self, model: nn.Module, adapter: str) -> None:
+        """Forget an adapter's copies."""
+        if adapter in self.planned:
+            if self.installed == adapter:
+                self.install(model, None)
+            del self.planned[adapter]
+            del self.adapters[adapter]
+
+    def parameters_of(self, model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+        """The adapter's copies by path, wherever they are now."""
+        if adapter == self.installed:
+            return {path: getattr(*owner_of(model, path)) for path in self.planned[adapter]}
+        return {path: self.adapters[adapter].get(path) for path in self.planned.get(adapter, {})}  # type: ignore[misc]
+
+    def owner_among(self, adapters: Iterable[str]) -> str | None:
+        """Which of these adapters has trained tensors.
+
+        Raises:
+            ValueError: more than one has a copy of the same tensor.
+        """
+        owners = [name for name in adapters if self.planned.get(name)]
+        if len(owners) > 1:
+            path = next(iter(self.planned[owners[0]]))
+            raise ValueError(
+                f"Adapters {owners} cannot be active together: each trains its own copy of base tensors such as "
+                f"{path!r}. Activate one of them, or train adapters with head, embeddings and norms frozen or 'lora'."
+            )
+        return owners[0] if owners else None
+
+
+def _made(tensor: PlannedTensor, like: torch.Tensor) -> nn.Parameter:
+    value = torch.empty_like(like, requires_grad=False)
+    if isinstance(tensor.base, ScaffoldTensor):
+        draw_into({tensor.base: value})
+    elif tensor.base is not None:
+        value.copy_(tensor.base)
+    return nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,298 @@
+"""`examples/train_glue.py` on real data with a tiny network; several processes where the point is processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from data_dir import data_dir
+from transformers import BertConfig
+
+import hf_lottalora
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "examples" / "train_glue.py")
+sys.path.insert(0, str(ROOT / "examples"))
+
+import train_glue  # noqa: E402
+
+BIN = Path(sys.executable).parent
+Train = Callable[..., dict[str, Any]]
+
+# Parameters of the tiny network with adapters of rank 2.
+EMBEDDINGS = (30_522 + 48 + 2) * 32
+NORMS = (1 + 2 * 2) * 2 * 32
+CLASSIFIER = 2 * 32 + 2
+ADAPTERS = 2 * 4 * 2 * 2 * 32
+BETAS = 2 * 4
+
+
+@pytest.fixture(scope="session")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("architecture")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertConfig(**sizes, max_position_embeddings=48).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def common(architecture: str, cache: str) -> list[str]:
+    """Arguments of every run: the tiny network, 64 rows each, two epochs of 4 steps."""
+    tokenizer = data_dir() / "tokenizers" / "bert-base-uncased"
+    arguments = f"--config_name {architecture} --tokenizer_name {tokenizer} --cache_dir {cache} --max_seq_length 48"
+    arguments += " --max_train_samples 64 --max_eval_samples 64 --per_device_train_batch_size 16 --num_train_epochs 2"
+    arguments += " --learning_rate 1e-3 --logging_steps 1 --use_cpu --disable_tqdm True"
+    return arguments.split()
+
+
+def rte() -> list[str]:
+    return ["--task_name", "rte", "--data_dir", str(data_dir() / "glue"), "--do_train", "--do_eval"]
+
+
+@pytest.fixture
+def train(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Run the script in this process; returns its results and the log history."""
+
+    def run(*arguments: str, output: str = "out") -> dict[str, Any]:
+        folder = tmp_path / output
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *common, *arguments, "--output_dir", str(folder)])
+        train_glue.main()
+        results = json.loads((folder / "all_results.json").read_text())
+        state = json.loads((folder / "trainer_state.json").read_text())
+        return {**results, "folder": folder, "state": state, "losses": losses(state)}
+
+    return run
+
+
+def losses(state: dict[str, Any]) -> list[float]:
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def launch(command: list[Any]) -> str:
+    """Run a command to its end; returns its output, raises with it."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, text=True, timeout=300, capture_output=True, cwd=ROOT
+    )
+    if done.returncode:
+        raise RuntimeError(f"exit status {done.returncode}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+# ---- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_launch_then_evaluate_the_artifact_in_a_fresh_process(common: list[str], tmp_path: Path) -> None:
+    command = [BIN / "accelerate", "launch", SCRIPT, *common, *rte(), "--output_dir", tmp_path / "a"]
+    log = launch([*command, "--r", "2", "--scaffold_seed", "5"])
+    assert "LottaLoRA plan for BertForSequenceClassification, seed 5" in log
+    assert "processes: 1," in log
+    assert f"trainable: {EMBEDDINGS + NORMS + CLASSIFIER + ADAPTERS + BETAS:,} of 997,610 parameters (98.21 %)" in log
+    results = json.loads((tmp_path / "a" / "all_results.json").read_text())
+    assert results["train_samples"] == results["eval_samples"] == 64
+
+    evaluation = f"--do_eval --model_name_or_path {tmp_path / 'a'} --output_dir {tmp_path / 'b'}".split()
+    launch([sys.executable, SCRIPT, *common[4:], *rte()[:4], *evaluation])
+    again = json.loads((tmp_path / "b" / "eval_results.json").read_text())
+    assert {key: again[key] for key in ("eval_loss", "eval_accuracy")} == {
+        key: results[key] for key in ("eval_loss", "eval_accuracy")
+    }
+    model = hf_lottalora.AutoLottaLoraModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    model.verify_scaffold(full=True)
+    assert model.get_plan().seed == 5
+    assert model.config.label2id == {"entailment": 0, "not_entailment": 1}
+
+
+def test_two_processes(common: list[str], tmp_path: Path) -> None:
+    log = launch(
+        [
+            BIN / "torchrun",
+            "--standalone",
+            "--nproc_per_node",
+            2,
+            SCRIPT,
+            *common,
+            *rte(),
+            "--output_dir",
+            tmp_path / "out",
+        ]
+    )
+    assert "processes: 2," in log
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4  # 64 rows, 2 x 16 a step, 2 epochs
+    # The loss of guessing is ln 2, however many processes there are.
+    assert all(0.5 < loss < 0.9 for loss in losses(state))
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(math.log(2), abs=0.1)
+    hf_lottalora.AutoLottaLoraModelForSequenceClassification.from_pretrained(tmp_path / "out").verify_scaffold(
+        full=True
+    )
+
+
+def test_what_ddp_does_with_a_scaffold() -> None:
+    log = launch([BIN / "torchrun", "--standalone", "--nproc_per_node", 2, ROOT / "tests" / "tuner" / "ddp_worker.py"])
+    assert "rank 0 of 2: OK" in log
+    assert "rank 1 of 2: OK" in log
+
+
+def test_resume_is_bit_exact_and_the_best_model_is_kept(train: Train) -> None:
+    steps = ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    best = ["--load_best_model_at_end", "True", "--metric_for_best_model", "loss"]
+    whole = train(*rte(), *steps, *best, "--learning_rate", "3e-2", output="whole")
+    assert len(whole["losses"]) == 8
+
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in whole["state"]["log_history"] if "eval_loss" in entry}
+    assert whole["state"]["best_metric"] == min(evaluated.values()) < evaluated[8], "the last is the best: no test"
+    assert whole["eval_loss"] == whole["state"]["best_metric"]
+
+    checkpoint = str(whole["folder"] / "checkpoint-4")
+    options = [*rte(), *steps, *best, "--learning_rate", "3e-2", "--resume_from_checkpoint"]
+    resumed = train(*options, checkpoint, output="resumed")
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["eval_loss"] == whole["eval_loss"]
+
+    train(*options, "last", output="whole")  # at its end already: nothing to train, the folder is not refused
+    with pytest.raises(ValueError, match="seed"):
+        train(*options, checkpoint, "--scaffold_seed", "1", output="other")
+
+
+@pytest.mark.parametrize(
+    ("options", "trainable"),
+    [
+        (["lora"], EMBEDDINGS + NORMS + CLASSIFIER + ADAPTERS),
+        (["lora", "--embeddings", "frozen", "--norms", "frozen"], CLASSIFIER + ADAPTERS),
+        (["full"], 996_578),
+    ],
+)
+def test_methods_to_compare_with(
+    train: Train, options: list[str], trainable: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="train_glue")
+    result = train(*rte(), "--r", "2", "--method", *options)
+    assert result["train_loss"] == pytest.approx(math.log(2), abs=0.1)
+    shown = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("trainable"))
+    assert f"trainable: {trainable:,} of" in shown
+
+
+def test_own_files(train: Train, tmp_path: Path) -> None:
+    rows = pd.read_parquet(data_dir() / "glue" / "rte" / "train.parquet").head(96)
+    named = rows.assign(label=rows.label.map({0: "yes", 1: "no"})).drop(columns="idx")
+    named.to_csv(tmp_path / "train.csv", index=False)
+    named.tail(32).to_json(tmp_path / "eval.json", orient="records", lines=True)
+    files = ["--train_file", f"{tmp_path}/train.csv", "--validation_file", f"{tmp_path}/eval.json"]
+    result = train("--do_train", "--do_eval", *files, "--bf16", "True", "--pad_to_max_length", "True", output="classes")
+    assert result["eval_samples"] == 32
+    assert json.loads((result["folder"] / "config.json").read_text())["label2id"] == {"no": 0, "yes": 1}
+
+    lengths = pd.DataFrame({"text": rows.sentence1, "label": rows.sentence1.str.len() / 100})
+    lengths.to_json(tmp_path / "train.jsonl", orient="records", lines=True)
+    lengths.tail(32).to_parquet(tmp_path / "eval.parquet", index=False)
+    files = ["--train_file", f"{tmp_path}/train.jsonl", "--validation_file", f"{tmp_path}/eval.parquet"]
+    result = train("--do_train", "--do_eval", *files, output="regression")
+    assert result["eval_mse"] == pytest.approx(result["eval_loss"], rel=1e-4)
+
+
+def test_mnli_is_evaluated_on_both_of_its_sets(train: Train, tmp_path: Path) -> None:
+    rows = pd.read_parquet(data_dir() / "glue" / "rte" / "train.parquet").head(64)
+    rows = rows.rename(columns={"sentence1": "premise", "sentence2": "hypothesis"})
+    (tmp_path / "mnli").mkdir()
+    for split, part in (("train", rows), ("validation_matched", rows[:32]), ("validation_mismatched", rows[32:])):
+        part.to_parquet(tmp_path / "mnli" / f"{split}.parquet")
+    result = train("--do_train", "--do_eval", "--task_name", "mnli", "--data_dir", str(tmp_path))
+    assert {"eval_accuracy", "eval_accuracy_mm"} <= result.keys()
+    assert result["eval_samples"] == result["eval_samples_mm"] == 32
+
+
+# ---- what cannot work is said before anything is done ---------------------------------------------------------------
+
+
+BAD_ARGUMENTS = [
+    ("--task_name mnist", r"--task_name mnist: unknown task, choose one of cola, mnli"),
+    ("", r"Pass --task_name, or --train_file"),
+    ("--data_dir {tmp}", r"pass --task_name too"),
+    ("--task_name rte --data_dir {tmp}", r"rte/train.parquet: no such file"),
+    ("--train_file {tmp}/a.csv", r"--validation_file is needed"),
+    ("--train_file {tmp}/a.csv --validation_file {tmp}/a.csv", r"a.csv: no such file"),
+    ("--train_file {tmp}/a.xlsx --validation_file {tmp}/a.csv", r"a.xlsx: unknown kind of file, expected one of .csv"),
+    ("{rte} --max_train_samples 0", r"--max_train_samples must be at least 1, got 0"),
+    ("{rte} --model_name_or_path x --config_overrides num_labels=3", r"pass it with --config_name alone"),
+    ("{rte} --config_overrides vocab_size=99", r"The tokenizer has 30522 tokens, the model 99"),
+    ("{rte} --config_overrides hidden=3", r"--config_overrides hidden=3: key hidden isn't in the original config"),
+    ("{rte} --tokenizer_name {tmp}/empty", r"empty has no tokenizer with a vocabulary. Pass --tokenizer_name"),
+    ("{rte} --output_dir trainer_output", r"Pass --output_dir"),
+    ("{rte} --r 0", r"r must be a positive integer, got 0"),
+    ("{rte} --scaffold_seed -1", r"seed"),
+    ("{rte} --target_modules nothing", r"target_modules=\['nothing'\] matches no linear layer"),
+    ("{rte} --do_predict", r"There is no --do_predict"),
+    ("{rte} --resume_from_checkpoint last", r"there is no checkpoint in"),
+    ("{rte} --resume_from_checkpoint {tmp}", r"no checkpoint there"),
+    ("{rte} --output_dir {tmp}/file", r"file is a file"),
+    ("{rte} --output_dir {tmp}/file/below", r"below cannot be written to: Not a directory"),
+    ("{rte} --output_dir /proc/new", r"/proc/new cannot be written to"),
+    ("{rte} --output_dir {tmp}/full", r"full is not empty. Choose another, or go on with --resume_from_checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_bad_arguments(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    BertConfig().save_pretrained(tmp_path / "empty")
+    (tmp_path / "full" / "notes.txt").touch()
+    words = arguments.format(tmp=tmp_path, rte=" ".join(rte())).split()
+    monkeypatch.setattr(
+        sys, "argv", [SCRIPT, *common, "--do_train", "--do_eval", "--output_dir", f"{tmp_path}/out", *words]
+    )
+    with pytest.raises(train_glue.UsageError, match=message):
+        train_glue.main()
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_an_artifact_of_other_labels_is_not_evaluated(train: Train, tmp_path: Path) -> None:
+    folder = train(*rte(), "--max_steps", "1")["folder"]
+    cola = f"--task_name cola --data_dir {data_dir() / 'glue'} --do_eval --model_name_or_path {folder}".split()
+    with pytest.raises(
+        train_glue.UsageError, match=r"trained on the labels \['entailment', .*data has \['unacceptable'"
+    ):
+        train(*cola, output="eval")
+    with pytest.raises(train_glue.UsageError, match="it can be evaluated, not trained on"):
+        train(*cola, "--do_train", output="eval")
+
+
+def test_a_model_that_was_never_trained_is_not_evaluated(train: Train) -> None:
+    arguments = [argument for argument in rte() if argument != "--do_train"]
+    with pytest.raises(train_glue.UsageError, match="would evaluate a model that was never trained"):
+        train(*arguments)
+
+
+def test_errors_are_one_line_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--output_dir", "out"])
+    with pytest.raises(SystemExit, match=r"^train_glue.py: error: Pass --do_train, --do_eval or both"):
+        runpy.run_path(SCRIPT, run_name="__main__")
+
+
+def test_every_argument_has_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--help"])
+    with pytest.raises(SystemExit):
+        train_glue.main()
+    shown = capsys.readouterr().out
+    for arguments in (train_glue.ModelArguments, train_glue.DataArguments, train_glue.LottaLoraArguments):
+        for name, option in arguments.__dataclass_fields__.items():
+            assert f"--{name}" in shown
+            assert option.metadata["help"]
