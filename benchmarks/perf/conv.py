@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from hf_lottalora import LottaLoraConfig
 
-from cifar10 import plain20  # isort: skip  # found by `common`
+from cifar10 import plain20  # isort: skip  # found by `shared`
 
 RANKS = (1, 16)
 

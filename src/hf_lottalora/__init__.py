@@ -11,8 +11,8 @@ Each folder is a wing, which imports from those before it in this list and never
 - `tuner`: the PEFT tuner that carries a plan out. Read `model` first.
 - `experiments`: reports, callbacks and searches over a model.
 
-`scaffold` and `layers` are the paper, the rest is plumbing. `paths` finds modules under PEFT's layers; `_registry` makes
-the method known to PEFT when the package is imported.
+`scaffold` and `layers` are the paper, the rest is plumbing. `paths` finds modules under PEFT's layers; `_registry`
+makes the method known to PEFT when the package is imported.
 """
 
 from ._registry import register as _register
