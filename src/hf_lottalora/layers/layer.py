@@ -29,6 +29,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     adapter_layer_names = (
         *lora.LoraLayer.adapter_layer_names, "lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias"
     )  # fmt: skip
+    other_param_names = (*lora.LoraLayer.other_param_names, "residual")
 
     # How the base weight was drawn; None where a pretrained weight was kept.
     scaffold: ScaffoldTensor | None = None
@@ -64,6 +65,11 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         dtype = None if adapter_name in self._made else W.dtype
         for tensor in self.adapter_parameters(adapter_name):
             tensor.data = tensor.data.to("meta" if tensor.is_meta else device or W.device, dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; all that is kept here per adapter goes with it."""
+        self._made.discard(adapter_name)
+        super().delete_adapter(adapter_name)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Those of one adapter here, in an order that does not change."""
