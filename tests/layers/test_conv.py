@@ -113,6 +113,13 @@ def test_double_backward() -> None:
     torch.testing.assert_close(*second)
 
 
+@pytest.mark.parametrize("case", ["2d groups", "2d depthwise"])
+def test_dora_with_groups_computes_with_the_kernel_that_test_options_checks(case: str) -> None:
+    _, layer = adapted(case, use_dora=True)
+    x, base = image(case), layer.base_layer
+    torch.testing.assert_close(layer(x), base._conv_forward(x, layer._kernel(["default"]), base.bias))
+
+
 def test_several_adapters_dropout_and_disabling() -> None:
     model, layer = adapted("2d", lora_dropout=0.5)
     x = image("2d")

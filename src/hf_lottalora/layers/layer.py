@@ -50,8 +50,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if config.use_dora:
             W = self.get_base_layer().weight
             W = W.t() if self._weight_is_IO else W
-            per_input = config.dora_magnitude == "inputs"
-            self.lora_magnitude[adapter_name] = nn.Parameter(torch.ones((1, *W.shape[1:]) if per_input else len(W)))
+            shape = (self._groups, *W.shape[1:]) if config.dora_magnitude == "inputs" else len(W)
+            self.lora_magnitude[adapter_name] = nn.Parameter(torch.ones(shape))
         if config.layer_norm:
             self.lora_norm_weight[adapter_name] = nn.Parameter(torch.ones(self.out_features))
             self.lora_norm_bias[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
@@ -159,17 +159,23 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         W = W.t() if self._weight_is_IO else W.flatten(1)
         exact = torch.promote_types(W.dtype, torch.float32)
         A, B = (tensor.to(exact).flatten(1) for tensor in self._pair(adapter))
+        W, A, B = (tensor.unflatten(0, (self._groups, -1)).squeeze(0) for tensor in (W, A, B))
         if self._magnitude_is_per_input(adapter):
-            W, A, B = W.t(), B.t(), A.t()
+            W, A, B = W.mT, B.mT, A.mT
         beta, s = self.lora_beta[adapter].to(exact), self.scaling[adapter]
         W = W.to(exact)
         with without_autocast(W):
-            cross, low_rank = (W @ A.t() * B).sum(1), (B @ (A @ A.t()) * B).sum(1)
-            square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
+            cross, low_rank = (W @ A.mT * B).sum(-1), (B @ (A @ A.mT) * B).sum(-1)
+            square = beta**2 * W.square().sum(-1) + 2 * beta * s * cross + s**2 * low_rank
         return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter])
 
+    @property
+    def _groups(self) -> int:
+        """Groups of a convolution: its weight is so many matrices, each of some outputs and inputs."""
+        return int(getattr(self.get_base_layer(), "groups", 1))
+
     def _magnitude_over_norms(self, name: str) -> torch.Tensor:
-        """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(1, I, ...)`.
+        """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(groups, I / groups, ...)`.
 
         No gradient passes through the norms, as in PEFT.
         """
@@ -180,6 +186,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         factor = self._magnitude_over_norms(name).to(weight.dtype)
         if not self._magnitude_is_per_input(name):
             factor = factor.view(-1, *(1 for _ in weight.shape[1:]))
+        elif self._groups > 1:
+            factor = factor.repeat_interleave(len(weight) // self._groups, dim=0)
         return weight * (factor.t() if self._weight_is_IO else factor)
 
     def _with_magnitude(

@@ -97,9 +97,8 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
             f"{module.path!r} is a convolution with groups={module.groups}: its rank must be a multiple of that, got "
             f"r={rank}. Pass rank_pattern for it, or leave it out of target_modules."
         )
-    if module.kind == "conv" and (config.layer_norm or (config.use_dora and module.groups > 1)):
-        what = "layer_norm" if config.layer_norm else "use_dora with groups"
-        raise ValueError(f"{what} is not supported on convolutions, and {module.path!r} is one.")
+    if module.kind == "conv" and config.layer_norm:
+        raise ValueError(f"layer_norm is not supported on convolutions, and {module.path!r} is one.")
     dora = config.dora_magnitude if config.use_dora else None
     if module.kind == "conv" and dora == "inputs" and config.lora_dropout:
         raise ValueError(

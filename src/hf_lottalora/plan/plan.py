@@ -92,7 +92,7 @@ class PlannedAdapter:
         if self.kind in ("linear", "conv"):
             A, B = (r, d_in // self.groups, *self.kernel), (d_out, r // self.groups, *(1 for _ in self.kernel))
             shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": A, "lora_B.weight": B, "lora_beta": (1,)}
-            magnitude = {"outputs": (d_out,), "inputs": (1, *A[1:])}
+            magnitude = {"outputs": (d_out,), "inputs": (self.groups, *A[1:])}
             shapes.update({"lora_magnitude": magnitude[self.dora]} if self.dora else {})
             shapes.update({"lora_norm_weight": (d_out,), "lora_norm_bias": (d_out,)} if self.layer_norm else {})
             return shapes
