@@ -34,6 +34,10 @@ def convolutions() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 1))
 
 
+def attention() -> nn.Module:
+    return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8))
+
+
 OPTIONS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "plain": (llama, {}),
     "dropout, own alpha, frozen beta": (
@@ -42,6 +46,7 @@ OPTIONS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "dora, residual, norm": (llama, {"use_dora": True, "residual": True, "layer_norm": True}),
     "embeddings": (llama, {"embeddings": "lora"}),
+    "attention": (attention, {"target_modules": ["self_attn"], "use_dora": True}),
     "convolutions": (convolutions, {"target_modules": ["0"], "modules_to_save": ["2"], "residual": True}),
 }
 

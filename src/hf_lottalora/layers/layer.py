@@ -149,6 +149,19 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             summed = summed + (nn.init.eye_(identity) if summed.dim() == 2 else self._dirac(identity))
         return summed - original.to(exact)
 
+    def _summed_weight(self, adapters: list[str]) -> torch.Tensor:
+        """`beta W + scaling B A` of all active adapters, with DoRA's magnitude: W's shape, at least float32."""
+        weight = self.get_base_layer().weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        with without_autocast(weight):
+            total = self._total_beta(adapters).to(exact) * weight.to(exact)
+            for name in adapters:
+                A, B = (tensor.to(exact) for tensor in self._pair(name))
+                total = total + self.scaling[name] * self._product(A, B)
+            if adapters[0] in self.lora_magnitude:
+                total = self._with_magnitude_in(total, adapters[0])
+        return total
+
     def _magnitude_is_per_input(self, name: str) -> bool:
         return name in self.lora_magnitude and self.lora_magnitude[name].dim() > 1
 
