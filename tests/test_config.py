@@ -81,7 +81,7 @@ def test_paper_defaults() -> None:
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, ValueError, "makes no sense"),
         ({"dora_magnitude": "rows", "use_dora": True}, ValueError, "dora_magnitude must be one of"),
         ({"dora_magnitude": "inputs"}, ValueError, "dora_magnitude='inputs' needs use_dora=True"),
-        ({"use_dora": True, "embeddings": "lora"}, ValueError, "use_dora is for layers that multiply"),
+        ({"layer_norm": True, "embeddings": "lora"}, ValueError, "layer_norm is for layers that multiply"),
         ({"residual": 1}, ValueError, "residual must be True or False, got 1"),
         ({"bias": "all"}, ValueError, "does not take bias: which biases are trained is said by biases="),
         ({"lora_bias": True}, ValueError, "does not take lora_bias"),

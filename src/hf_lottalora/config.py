@@ -105,7 +105,7 @@ class LottaLoraConfig(LoraConfig):
         metadata={
             "help": "Token, position and type embeddings: 'train' whole (default, paper section 5), 'frozen' as drawn, "
             "or 'lora' = the token embedding frozen with an adapter, the smaller tables trained whole. A tied head "
-            "follows."
+            "follows. Those that target_modules names are frozen with an adapter anyway."
         },
     )
     head: Head | None = field(
@@ -207,6 +207,7 @@ class LottaLoraConfig(LoraConfig):
         self._artifact_architecture: dict[str, Any] | None = None
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
+        self.trainable_token_indices = self.token_indices
         self.format_version = check_format(self.format_version, self.generator, from_file)
         if self.seed is None:
             raise TypeError(
@@ -225,7 +226,7 @@ class LottaLoraConfig(LoraConfig):
         check_patterns(values)
         check_residency(self.residency, {self.family, *self.family_pattern.values()})
         check_numbers(values)
-        extras = [name for name in ("use_dora", "layer_norm", "residual") if getattr(self, name)]
+        extras = [name for name in ("layer_norm", "residual") if getattr(self, name)]
         if extras and self.embeddings == "lora":
             raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
         if self.dora_magnitude != "outputs" and not self.use_dora:
@@ -243,6 +244,11 @@ class LottaLoraConfig(LoraConfig):
     def effective_adapter_seed(self) -> int:
         """The seed of everything trained: `adapter_seed`, or `seed` where that is None."""
         return self.seed if self.adapter_seed is None else self.adapter_seed  # type: ignore[return-value]
+
+    @property
+    def token_indices(self) -> Any:
+        """`trainable_token_indices` as they were given; of a config that is in use, PEFT finds them empty."""
+        return getattr(self.trainable_token_indices, "given", self.trainable_token_indices)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary, without the options of `LoraConfig` that LottaLoRA refuses."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
@@ -13,18 +15,39 @@ from .layer import ScaffoldLayer
 
 
 class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
-    """LottaLoRA over `nn.Embedding`: row i is `beta * E[i] + scaling * A[:, i]^T B^T`."""
+    """LottaLoRA over `nn.Embedding`: row i is `beta * E[i] + scaling * A[:, i]^T B^T`.
+
+    DoRA's magnitude is per column of E ("outputs") or per row ("inputs").
+    """
 
     def _pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
 
     def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         y: torch.Tensor = ScaledEmbedding.apply(self._total_beta(adapters), x, self.base_layer)
-        scale = self._get_embed_scale()
+        scale, padding = self._get_embed_scale(), self.get_base_layer().padding_idx
         for name in adapters:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
-            low_rank = F.linear(F.embedding(x, A.t()), B) * self.scaling[name]
+            low_rank = F.linear(F.embedding(x, A.t(), padding), B) * self.scaling[name]
             y = y + (low_rank if scale is None else low_rank * scale.to(y.dtype))
+        if self._magnitude_is_per_input(adapters[0]):
+            return y * F.embedding(x, self._magnitude_over_norms(adapters[0]).t(), padding).to(y.dtype)
+        return self._with_magnitude(y, adapters[0])
+
+    def as_head(self, x: torch.Tensor, adapters: list[str], bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply with the adapted table: `(..., O) -> (..., vocabulary)`."""
+        x = x.to(matmul_dtype(x))
+        per_input = self._magnitude_is_per_input(adapters[0])
+        if not per_input:
+            x = self._with_magnitude(x, adapters[0])
+        # Row i is beta E[i] + s A[:, i]^T B^T: as a linear layer, A and B change places.
+        A = torch.cat([self._pair(name)[1].t() * self.scaling[name] for name in adapters])
+        B = torch.cat([self._pair(name)[0].t() for name in adapters], dim=1)
+        beta, weight = self._total_beta(adapters), self.get_base_layer().weight
+        y: torch.Tensor = ScaledLinear.apply(x, weight, None if per_input else bias, beta, A, B, 1.0, False)
+        if per_input:
+            y = y * self._magnitude_over_norms(adapters[0])[0].to(y.dtype)
+            y = y if bias is None else y + bias.to(y.dtype)
         return y
 
 
@@ -45,13 +68,8 @@ class TiedHead(nn.Module, BaseTunerLayer):
         if embedding.disable_adapters or embedding.merged or not adapters:
             result: torch.Tensor = self.base_layer(x)
             return result
-        x = x.to(matmul_dtype(x))
-        beta, base = embedding._total_beta(adapters), self.base_layer
-        # The embedding's row i is beta E[i] + s A[:, i]^T B^T: as a linear layer, its A and B change places.
-        A = torch.cat([embedding._pair(name)[1].t() * embedding.scaling[name] for name in adapters])
-        B = torch.cat([embedding._pair(name)[0].t() for name in adapters], dim=1)
-        y: torch.Tensor = ScaledLinear.apply(x, base.weight, base.bias, beta, A, B, 1.0, False)
-        return y
+        bias: Any = self.base_layer.bias
+        return embedding.as_head(x, adapters, bias)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: the embedding merges the weight they share."""

@@ -38,10 +38,11 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
                     f"target_modules matches {module.path!r}, whose weight {survey.class_name} reads without calling "
                     "the module, so that an adapter would do nothing. Leave it out of target_modules."
                 )
+            _check_looked_up_here(module, survey)
             adapters.extend(_adapters(module, config))
     if not adapters:
         raise ValueError(
-            f"target_modules={_shown(config.target_modules)} matches no linear layer or convolution of "
+            f"target_modules={_shown(config.target_modules)} matches no linear layer, convolution or embedding of "
             f"{survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
         )
     for tensor in survey.tensors:
@@ -52,12 +53,18 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
                 "the other, or miss it. Leave it out of target_modules."
             )
     embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
-    if embedding is not None and not under(embedding.path, extra):
+    if embedding is not None and embedding not in adapters and not under(embedding.path, extra):
         adapters.append(embedding)
-        if survey.tied_tensor is not None:
-            adapters = [a for a in adapters if a.path != survey.output_embeddings]
-            adapters.append(replace(embedding, path=str(survey.output_embeddings), kind="tied_head"))
-    return adapters
+    return _with_tied_head(adapters, survey)
+
+
+def _with_tied_head(adapters: list[PlannedAdapter], survey: Survey) -> list[PlannedAdapter]:
+    """A head that is tied to an adapted token embedding shares its adapter."""
+    embedding = next((a for a in adapters if a.path == survey.input_embeddings), None)
+    if embedding is None or survey.tied_tensor is None:
+        return adapters
+    head = str(survey.output_embeddings)
+    return [*(a for a in adapters if a.path != head), replace(embedding, path=head, kind="tied_head")]
 
 
 def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapter | None:
@@ -71,25 +78,33 @@ def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapte
             f"embeddings='lora' needs a token embedding that looks up ids, and {survey.class_name} names none. Pass "
             "embeddings='train' or 'frozen'."
         )
+    _check_looked_up_here(module, survey)
+    (adapter,) = _adapters(module, config)
+    return adapter if adapter.numel < module.in_features * module.out_features else None
+
+
+def _check_looked_up_here(module: SurveyedModule, survey: Survey) -> None:
+    """Refuse an embedding whose table is looked up elsewhere too, where the adapter would be missed."""
+    if module.kind != "embedding":
+        return
     users = next(t.aliases for t in survey.tensors if f"{module.path}.weight" in t.aliases)
     others = [m.path for m in survey.modules if m.kind == "embedding" and f"{m.path}.weight" in users]
     if len(others) > 1:
         raise ValueError(
-            f"embeddings='lora' is not supported for {survey.class_name}: its token embedding is looked up through "
-            f"several modules ({', '.join(others)}). Pass embeddings='train' or 'frozen'."
+            f"An adapter on {module.path!r} is not supported: in {survey.class_name} its table is looked up through "
+            f"several modules ({', '.join(others)}). Pass embeddings='train' or 'frozen', and leave them out of "
+            "target_modules."
         )
-    adapter = _adapter(module, config, "embedding")
-    return adapter if adapter.numel < module.in_features * module.out_features else None
 
 
-def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> PlannedAdapter:
-    if module.kind not in kinds:
-        hint = "pass embeddings='lora' instead" if module.kind == "embedding" else "leave it out of target_modules"
-        if module.type_name == "NonDynamicallyQuantizableLinear":
-            hint = "it is part of an nn.MultiheadAttention: name that"
+def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
+    if module.kind == "other":
+        part = module.type_name == "NonDynamicallyQuantizableLinear"
+        hint = "it is part of an nn.MultiheadAttention: name that" if part else "leave it out of target_modules"
         raise ValueError(
             f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear, Conv1D, "
-            f"nn.Conv1d, 2d, 3d and nn.MultiheadAttention, not on classes that compute something else; {hint}."
+            f"nn.Conv1d, 2d, 3d, nn.Embedding and nn.MultiheadAttention, not on classes that compute something else; "
+            f"{hint}."
         )
     rank: int = by_pattern(config, "rank_pattern", module.path, config.r)
     alpha: float = by_pattern(config, "alpha_pattern", module.path, config.lora_alpha)
@@ -101,6 +116,9 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
         )
     if module.kind == "conv" and config.layer_norm:
         raise ValueError(f"layer_norm is not supported on convolutions, and {module.path!r} is one.")
+    if module.kind == "embedding" and (config.layer_norm or config.residual):
+        what = "layer_norm" if config.layer_norm else "residual"
+        raise ValueError(f"{what} is for layers that multiply, and {module.path!r} is an embedding.")
     dora = config.dora_magnitude if config.use_dora else None
     if module.kind == "conv" and dora == "inputs" and config.lora_dropout:
         raise ValueError(
@@ -114,7 +132,7 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
 
 def _adapters(module: SurveyedModule, config: LottaLoraConfig) -> Iterator[PlannedAdapter]:
     """The adapters of one module: one, or one for each of the matrices of an `nn.MultiheadAttention`."""
-    adapter = _adapter(module, config, "linear", "conv", "projection")
+    adapter = _adapter(module, config)
     if not module.matrices:
         yield adapter
     elif config.layer_norm or config.lora_dropout:

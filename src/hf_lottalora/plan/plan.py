@@ -111,7 +111,9 @@ class PlannedAdapter:
             shapes.update({"lora_norm_weight": (d_out,), "lora_norm_bias": (d_out,)} if self.layer_norm else {})
             return shapes
         if self.kind == "embedding":
-            return {"lora_embedding_A": (r, d_in), "lora_embedding_B": (d_out, r), "lora_beta": (1,)}
+            shapes = {"lora_embedding_A": (r, d_in), "lora_embedding_B": (d_out, r), "lora_beta": (1,)}
+            magnitude = {"outputs": (d_out,), "inputs": (1, d_in)}
+            return shapes | ({"lora_magnitude": magnitude[self.dora]} if self.dora else {})
         return {}
 
     @property

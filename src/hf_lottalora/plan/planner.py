@@ -106,8 +106,8 @@ def _role(tensor: SurveyedTensor, config: LottaLoraConfig, extra: set[str], adap
     if tensor.kind == "embedding" or (tensor.kind == "parameter" and not tensor.in_head):
         if not tensor.init.random:
             return "kept"
-        if config.embeddings == "train" or (config.embeddings == "lora" and tensor.path not in adapted):
-            return "trained"  # too small for an adapter, or not a module that can carry one
+        if tensor.path not in adapted and config.embeddings != "frozen":
+            return "trained"  # with "lora": too small for an adapter, or not a module that can carry one
         return drawn if config.redraw != "targets" else "kept"
     if tensor.in_head and (config.head not in ADAPTED_HEADS or (config.head == "lora_bias" and tensor.kind == "bias")):
         return "trained"
@@ -146,10 +146,11 @@ def _scaffold_spec(tensor: SurveyedTensor, survey: Survey, config: LottaLoraConf
     if family == "zero" and tensor.path.endswith(".original1"):
         raise ValueError(f"{tensor.path!r} is a direction under weight norm, which family='zero' cannot make.")
     scale = scale_of(rule, tensor.fan_in, tensor.fan_out, survey.initializer_range)
+    if scale is None and tensor.kind == "embedding":
+        scale = 1.0  # torch's own init of nn.Embedding is N(0, 1)
     if scale is None:
         raise ValueError(
-            f"A plain nn.Module has no initializer_range to scale {tensor.path!r} by. Pass scale='fan_in' or a "
-            "number, and embeddings='train'."
+            f"A plain nn.Module has no initializer_range to scale {tensor.path!r} by. Pass scale='fan_in' or a number."
         )
     # A look-up table has no spectrum, and a scaffold that is switched off still needs something to read.
     family = family if matrix or family not in ("zero", *TRANSFORMS) else "normal"

@@ -41,11 +41,15 @@ ATTENTION_PROJECTIONS: dict[str, list[str]] = {
 _MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
 _MAMBA2 = ("conv1d", "out_proj")
 
-# model_type -> modules of its state-space mixer whose weight is read without calling them, always or by the fused
-# kernels: an adapter there would do nothing.
+# model_type -> modules whose weight is read without calling them, always or by the fused kernels of a state-space
+# mixer: an adapter there would do nothing.
 WEIGHT_IS_READ: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(["mamba", "falcon_mamba"], _MAMBA),
     **dict.fromkeys(["bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"], _MAMBA2),
     "jamba": ("conv1d", "dt_proj"),
     "zamba": ("conv1d",),
+    **dict.fromkeys(["deberta", "deberta-v2", "sew-d"], ("rel_embeddings",)),
+    **dict.fromkeys(
+        ["conditional_detr", "deformable_detr", "detr", "table-transformer"], ("query_position_embeddings",)
+    ),
 }

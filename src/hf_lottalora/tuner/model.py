@@ -41,6 +41,14 @@ class _Handled(list[str]):
         return False
 
 
+class _HandledTokens(dict[str, list[int]]):
+    """`trainable_token_indices` that PEFT finds empty, and so neither wraps an embedding nor saves one as a whole."""
+
+    def __init__(self, given: Any = None) -> None:
+        super().__init__()
+        self.given = given
+
+
 class _Complete(dict[str, torch.Tensor]):
     """The tensors of an artifact, to which PEFT adds none: embeddings are in it, or drawn from the seed."""
 
@@ -133,6 +141,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config._plan = self.plans[adapter_name] = plan
         # Also where it is None: PEFT's task classes would fill it later, and wrap the head once more.
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
+        config.trainable_token_indices = _HandledTokens(config.token_indices)
         self.trained.add(model, adapter_name, plan, start=not (low_cpu_mem_usage or _weights_follow()))
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
         with untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
