@@ -83,8 +83,10 @@ def test_paper_defaults() -> None:
         ({"dora_magnitude": "inputs"}, ValueError, "dora_magnitude='inputs' needs use_dora=True"),
         ({"layer_norm": True, "embeddings": "lora"}, ValueError, "layer_norm is for layers that multiply"),
         ({"residual": 1}, ValueError, "residual must be True or False, got 1"),
-        ({"bias": "all"}, ValueError, "does not take bias: which biases are trained is said by biases="),
-        ({"lora_bias": True}, ValueError, "does not take lora_bias"),
+        ({"bias": "some"}, ValueError, "bias must be one of"),
+        ({"bias": "all", "biases": "train"}, ValueError, "bias='all' and biases='train' both say which biases"),
+        ({"lora_bias": 1}, ValueError, "lora_bias must be True or False, got 1"),
+        ({"lora_bias": True, "use_dora": True}, ValueError, "lora_bias=True is not supported for DoRA"),
         ({"layer_replication": [(0, 2)]}, ValueError, "does not take layer_replication"),
         ({"target_parameters": ["a.weight"]}, ValueError, "does not take target_parameters"),
         ({"trainable_token_indices": [1]}, ValueError, "does not take trainable_token_indices"),
@@ -104,8 +106,8 @@ def test_every_lora_option_is_taken_or_refused() -> None:
     from hf_lottalora.options import REFUSED
 
     honoured = {
-        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
-        "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
+        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode",
+        "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "megatron_core",
         "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
         "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
     }  # fmt: skip

@@ -140,7 +140,10 @@ class LottaLoraConfig(LoraConfig):
     )
     biases: TrainOrFrozen = field(
         default="frozen",
-        metadata={"help": "Biases of linear and convolution layers: 'frozen' (default, ours) or 'train'."},
+        metadata={
+            "help": "Biases of linear and convolution layers: 'frozen' (default, ours) or 'train'. LoRA's `bias` says "
+            "it in another way: 'all', those of norms included, or 'lora_only', those of adapted layers."
+        },
     )
     train_beta: bool = field(
         default=True, metadata={"help": "Train beta (default, paper section 1); otherwise it stays 1."}

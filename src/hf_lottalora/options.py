@@ -25,7 +25,6 @@ Magnitude = Literal["outputs", "inputs"]
 REFUSED = {
     "alora_invocation_tokens": "activated LoRA is not supported",
     "arrow_config": "Arrow routing is not supported",
-    "bias": "which biases are trained is said by biases='train' or biases='frozen'",
     "corda_config": "CorDA decomposes a pretrained weight; a scaffold is random",
     "ensure_weight_tying": "tied embeddings always stay tied here, there is nothing to ensure",
     "eva_config": "EVA initialises from activations of a pretrained network",
@@ -33,7 +32,6 @@ REFUSED = {
     "kasa_config": "KaSA truncates a pretrained weight; a scaffold is random",
     "layer_replication": "a replicated layer would have no scaffold of its own",
     "loftq_config": "LoftQ quantises a pretrained weight; a scaffold needs no storage",
-    "lora_bias": "a bias on lora_B is not supported",
     "lora_ga_config": "LoRA-GA initialises from gradients of a pretrained network",
     "megatron_config": "Megatron layers are not supported",
     "monteclora_config": "MonteCLoRA is not supported",
@@ -76,12 +74,17 @@ def check_choices(values: Mapping[str, Any]) -> None:
         ("norms", get_args(TrainOrFrozen)),
         ("dora_magnitude", get_args(Magnitude)),
         ("biases", get_args(TrainOrFrozen)),
+        ("bias", ("none", "all", "lora_only")),
     ):
         if values[name] not in choices:
             raise ValueError(f"{name} must be one of {list(choices)}, got {values[name]!r}.")
-    for name in ("train_beta", "save_kept", "layer_norm", "residual", "use_dora", "use_rslora"):
+    for name in ("train_beta", "save_kept", "layer_norm", "residual", "use_dora", "use_rslora", "lora_bias"):
         if not isinstance(values[name], bool):
             raise ValueError(f"{name} must be True or False, got {values[name]!r}.")
+    if values["bias"] != "none" and values["biases"] == "train":
+        raise ValueError(
+            f"bias={values['bias']!r} and biases='train' both say which biases are trained. Drop one of them."
+        )
     rule, gain = values["scale"], get_family(values["family"]).scale_rule == "gain"
     if not ((_is_positive(rule) and 1e-30 < rule < 1e30) or (rule in SCALE_RULES and (rule == "gain") == gain)):
         rules = [] if gain else [name for name in SCALE_RULES if name != "gain"]

@@ -210,7 +210,7 @@ def test_several_adapters() -> None:
         W = part.get_base_layer().weight
         A, B = part.lora_A["default"].weight, part.lora_B["default"].weight
         summed = V + (part.lora_beta["default"] - 1) * W + 6 / 4 * B @ A
-        torch.testing.assert_close(part.weight_in_place(), summed.to(W.dtype))
+        torch.testing.assert_close(part.in_place()["weight"], summed.to(W.dtype))
     status = model.get_model_status()
     assert status.active_adapters == ["default", "b"] and status.merged_adapters == []
     model.merge_adapter(["default"])

@@ -34,6 +34,11 @@ class _Matrix:
     def weight(self) -> torch.Tensor:
         return self.attention.get_parameter(projections(self.attention)[self.name])
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        output: torch.Tensor | None = self.attention.out_proj.bias
+        return output if self.name == "out_proj" else self.attention.in_proj_bias
+
 
 class ScaffoldProjection(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
     """LottaLoRA over one matrix of an attention module, which asks it for the matrix to multiply with."""
@@ -42,18 +47,21 @@ class ScaffoldProjection(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
         out_features, in_features = module.weight.shape
         return in_features, out_features
 
-    def weight_in_place(self) -> torch.Tensor | None:
-        """What to multiply with instead of the attention module's own matrix, None where that is right."""
+    def in_place(self) -> dict[str, torch.Tensor]:
+        """The weight, and the bias if adapters have one, to compute with instead of the attention module's own."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = self._active()
         if self.disable_adapters or self.merged or not active:
-            return None
-        W = self.get_base_layer().weight
+            return {}
+        W, bias = self.get_base_layer().weight, self._total_bias(active)
         total = self._summed_weight(active)
         if self.residual[active[0]] and self._keeps_shape:
             total = total + torch.eye(len(total), dtype=total.dtype, device=total.device)
-        return total.to(W.dtype)
+        tensors = {"weight": total.to(W.dtype)}
+        if bias is not None and bias is not self.get_base_layer().bias:
+            tensors["bias"] = bias
+        return tensors
 
 
 class ScaffoldAttention(nn.Module, lora.LoraLayer):  # type: ignore[misc]
@@ -97,9 +105,13 @@ class ScaffoldAttention(nn.Module, lora.LoraLayer):  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `nn.MultiheadAttention.forward`."""
-        weights = {path: layer.weight_in_place() for path, layer in self.adapted.items()}
+        tensors = {
+            path.removesuffix("weight") + kind: tensor
+            for path, layer in self.adapted.items()
+            for kind, tensor in layer.in_place().items()
+        }
         result: tuple[torch.Tensor, torch.Tensor | None] = torch.func.functional_call(
-            self.base_layer, {path: weight for path, weight in weights.items() if weight is not None}, args, kwargs
+            self.base_layer, tensors, args, kwargs
         )
         return result
 

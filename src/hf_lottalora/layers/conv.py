@@ -49,7 +49,8 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
         dropout = self.training and any(not isinstance(self.lora_dropout[name], nn.Identity) for name in adapters)
         if self._magnitude_is_per_input(adapters[0]) or (not dropout and self._one_kernel_is_cheaper(adapters)):
             base = self.get_base_layer()
-            bias = None if base.bias is None else base.bias.to(x.dtype)
+            bias = self._total_bias(adapters)
+            bias = None if bias is None else bias.to(x.dtype)
             y: torch.Tensor = base._conv_forward(x, self._summed_weight(adapters).to(x.dtype), bias)
         else:
             y = self._convolved_apart(x, adapters)
@@ -86,7 +87,7 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
             A, B = self.lora_A[name], self.lora_B[name]
             hidden = A._conv_forward(self.lora_dropout[name](x), A.weight.to(x.dtype), None)
             y = y + B._conv_forward(hidden, B.weight.to(x.dtype), None) * self.scaling[name]
-        return self._with_magnitude(y, adapters[0], channels=self._channels, bias=base.bias)
+        return self._with_magnitude(y, adapters[0], channels=self._channels, bias=self._total_bias(adapters))
 
     @property
     def _keeps_shape(self) -> bool:

@@ -36,6 +36,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     # The base weight while adapters are merged into its place, where it cannot be drawn again: a pretrained one that
     # was kept, or a drawn one that a cast to a smaller dtype has rounded.
     _unmerged_weight: torch.Tensor | None = None
+    # The same of the base bias, where an adapter that is merged has a bias too.
+    _unmerged_bias: torch.Tensor | None = None
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         if "lora_beta" not in self._modules:
@@ -108,6 +110,10 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             spec = ScaffoldTensor(f"{path}.lora_{role}.weight", tuple(tensor.shape), seed, family, scale)
             with torch.no_grad():
                 tensor.copy_(spec.draw(tensor.dtype, tensor.device))
+        if self.lora_bias[adapter_name]:  # as torch's, U(-1/sqrt(r), 1/sqrt(r)), unless B is zero
+            bias, scale = self.lora_B[adapter_name].bias, 1 / math.sqrt(3 * self.r[adapter_name])
+            spec = ScaffoldTensor(f"{path}.lora_B.bias", tuple(bias.shape), seed, "uniform", scale)
+            bias.data.copy_(torch.zeros_like(bias) if zero_B else spec.draw(bias.dtype, bias.device))
         if adapter_name in self.lora_magnitude:
             self.lora_magnitude[adapter_name].data.copy_(self._norms(adapter_name))
 
@@ -120,6 +126,20 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if len(adapters) == 1:
             return self.lora_beta[adapters[0]]
         return 1 + sum(self.lora_beta[name] - 1 for name in adapters)
+
+    def _total_bias(self, adapters: list[str]) -> torch.Tensor | None:
+        """The layer's bias and those of the adapters, `bias + scaling * b`; in the layer's dtype."""
+        bias: torch.Tensor | None = self.get_base_layer().bias
+        for name in adapters:
+            if self.lora_bias[name]:
+                own = (self.scaling[name] * self.lora_B[name].bias).to(self.get_base_layer().weight.dtype)
+                bias = own if bias is None else bias + own
+        return bias
+
+    def original_bias(self) -> torch.Tensor:
+        """The base bias without any adapter."""
+        bias: torch.Tensor = self.get_base_layer().bias
+        return bias.detach() if self._unmerged_bias is None else self._unmerged_bias
 
     def original_weight(self) -> torch.Tensor:
         """The base weight without any adapter, in the dtype it is held in: drawn again, or the kept one."""
@@ -262,12 +282,29 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         merged = original.to(exact)
         for name in [*self.merged_adapters, *adapters]:
             merged = merged + self.get_delta_weight(name)
-        if safe_merge and not torch.isfinite(merged).all():
+        bias = self._merged_bias([*self.merged_adapters, *adapters])
+        if safe_merge and not (torch.isfinite(merged).all() and (bias is None or torch.isfinite(bias).all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
         if not self.merged and not (self.scaffold is not None and self.scaffold.is_in(original)):
             self._unmerged_weight = original.clone()
         weight.data.copy_(merged)
+        if bias is not None:
+            self._unmerged_bias = self.original_bias().clone()
+            self.get_base_layer().bias.data.copy_(bias)
         self.merged_adapters.extend(adapters)
+
+    def _merged_bias(self, adapters: list[str]) -> torch.Tensor | None:
+        """What merging makes of the base bias, None where no adapter has a bias."""
+        if not any(self.lora_bias.get(name) for name in adapters):
+            return None
+        if self.get_base_layer().bias is None:
+            raise ValueError(f"Adapters {adapters} have lora_bias=True, and the layer has no bias to merge it into.")
+        bias = self.original_bias()
+        bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+        for name in adapters:
+            if self.lora_bias[name]:
+                bias = bias + self.scaling[name] * self.lora_B[name].bias.detach().to(bias.dtype)
+        return bias
 
     def unmerge(self) -> None:
         """Back to the weight before merging, to the bit."""
@@ -275,8 +312,10 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             super().unmerge()  # warns
             return
         self.get_base_layer().weight.data.copy_(self.original_weight())
+        if self._unmerged_bias is not None:
+            self.get_base_layer().bias.data.copy_(self._unmerged_bias)
         self.merged_adapters.clear()
-        self._unmerged_weight = None
+        self._unmerged_weight = self._unmerged_bias = None
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any

@@ -26,8 +26,9 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
         A, B, scaling = self._joined(fused)
         beta = self._total_beta(adapters)
         # DoRA's factor per output is for what comes before the bias.
-        late_bias = base.bias if adapters[0] in self.lora_magnitude and not per_input else None
-        bias = None if late_bias is not None else base.bias
+        bias = self._total_bias(adapters)
+        late_bias = bias if adapters[0] in self.lora_magnitude and not per_input else None
+        bias = None if late_bias is not None else bias
         y: torch.Tensor = ScaledLinear.apply(x_adapted, base.weight, bias, beta, A, B, scaling, self._weight_is_IO)
         for name in dropped:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))

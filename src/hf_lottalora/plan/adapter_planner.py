@@ -119,6 +119,8 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
     if module.kind == "embedding" and (config.layer_norm or config.residual):
         what = "layer_norm" if config.layer_norm else "residual"
         raise ValueError(f"{what} is for layers that multiply, and {module.path!r} is an embedding.")
+    if module.kind == "embedding" and config.lora_bias:
+        raise ValueError(f"lora_bias is for layers with a bias, and {module.path!r} is an embedding.")
     dora = config.dora_magnitude if config.use_dora else None
     if module.kind == "conv" and dora == "inputs" and config.lora_dropout:
         raise ValueError(
@@ -127,7 +129,7 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
     sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
     kind = cast(AdapterKind, module.kind)
     beta: bool = by_pattern(config, "train_beta_pattern", module.path, config.train_beta)
-    return PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual)
+    return PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual, config.lora_bias)
 
 
 def _adapters(module: SurveyedModule, config: LottaLoraConfig) -> Iterator[PlannedAdapter]:
@@ -140,6 +142,11 @@ def _adapters(module: SurveyedModule, config: LottaLoraConfig) -> Iterator[Plann
         raise ValueError(
             f"{what} is not supported on nn.MultiheadAttention, whose adapters are summed into its matrices, and "
             f"{module.path!r} is one."
+        )
+    elif config.lora_bias and len(module.matrices) != 2:
+        raise ValueError(
+            f"lora_bias is not supported on nn.MultiheadAttention with kdim or vdim, whose three projections share one "
+            f"bias, and {module.path!r} is one."
         )
     for name, (weight, outputs, inputs) in module.matrices.items():
         path = f"{module.path}.{name}"

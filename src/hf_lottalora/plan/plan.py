@@ -87,6 +87,7 @@ class PlannedAdapter:
     dora: Magnitude | None = None
     layer_norm: bool = False
     residual: bool = False
+    bias: bool = False
     matrix: str = ""
 
     @property
@@ -100,6 +101,11 @@ class PlannedAdapter:
         return f"{self.module}.{self.matrix or 'weight'}"
 
     @property
+    def biased(self) -> str:
+        """Path of the bias beside the adapted tensor."""
+        return f"{self.weight.removesuffix('weight')}bias"
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the adapter's tensors by their name in the artifact, below the module's path."""
         r, d_in, d_out = self.r, self.in_features, self.out_features
@@ -108,6 +114,7 @@ class PlannedAdapter:
             shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": A, "lora_B.weight": B, "lora_beta": (1,)}
             magnitude = {"outputs": (d_out,), "inputs": (self.groups, *A[1:])}
             shapes.update({"lora_magnitude": magnitude[self.dora]} if self.dora else {})
+            shapes.update({"lora_B.bias": (d_out,)} if self.bias else {})
             shapes.update({"lora_norm_weight": (d_out,), "lora_norm_bias": (d_out,)} if self.layer_norm else {})
             return shapes
         if self.kind == "embedding":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ from ..scaffold.scales import scale_of
 from ..scaffold.tensor import ScaffoldTensor
 from .adapter_planner import ADAPTED_HEADS, plan_adapters
 from .patterns import by_pattern, parents, under
-from .plan import Plan, PlannedTensor, Role
+from .plan import Plan, PlannedAdapter, PlannedTensor, Role
 from .survey import Survey, SurveyedTensor, survey_model
 
 # PEFT's task classes append these to modules_to_save whether the model has them or not.
@@ -58,8 +59,9 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
     extra = _modules_to_save(survey, config)
     _check_tied_options(survey, config, extra)
     adapters = plan_adapters(survey, config, extra)
-    adapted = {adapter.weight for adapter in adapters if adapter.kind != "tied_head"}
+    adapted = {adapter.weight: adapter for adapter in adapters if adapter.kind != "tied_head"}
     planned = [_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors]
+    _check_biases(planned, adapters)
     tensors = tuple(_with_norm_of_direction(tensor, planned) for tensor in planned)
     plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0))
     _check_patterns(plan, config)
@@ -67,7 +69,11 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
 
 
 def _plan_tensor(
-    tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig, extra: set[str], adapted: set[str]
+    tensor: SurveyedTensor,
+    survey: Survey,
+    config: LottaLoraConfig,
+    extra: set[str],
+    adapted: Mapping[str, PlannedAdapter],
 ) -> PlannedTensor:
     role = _role(tensor, config, extra, adapted)
     if role == "scaffold":
@@ -95,9 +101,15 @@ def _with_norm_of_direction(tensor: PlannedTensor, planned: list[PlannedTensor])
     return replace(tensor, base=norm, start=norm, survey=replace(tensor.survey, arbitrary=False))
 
 
-def _role(tensor: SurveyedTensor, config: LottaLoraConfig, extra: set[str], adapted: set[str]) -> Role:
+def _role(
+    tensor: SurveyedTensor, config: LottaLoraConfig, extra: set[str], adapted: Mapping[str, PlannedAdapter]
+) -> Role:
     if tensor.kind == "buffer":
         return "kept"
+    if tensor.path.rpartition(".")[2] == "bias" and (
+        config.bias == "all" or (config.bias == "lora_only" and f"{tensor.path.removesuffix('bias')}weight" in adapted)
+    ):
+        return "trained"
     if under(tensor.path, extra) or any(under(alias, extra) for alias in tensor.aliases):
         return "trained"
     drawn: Role = "scaffold"
@@ -119,6 +131,22 @@ def _role(tensor: SurveyedTensor, config: LottaLoraConfig, extra: set[str], adap
         return "trained" if tensor.init.random else "kept"
     # A matrix. One that the architecture itself sets to a constant means something and is left alone.
     return drawn if tensor.init.random else "kept"
+
+
+def _check_biases(planned: list[PlannedTensor], adapters: list[PlannedAdapter]) -> None:
+    """Refuse two trained biases that would only be added, and to train one that two adapters would need."""
+    roles = {tensor.path: tensor.role for tensor in planned}
+    for adapter in adapters:
+        if adapter.bias and adapter.kind == "projection" and adapter.biased not in roles:
+            raise ValueError(
+                f"lora_bias=True needs a bias to add to in an nn.MultiheadAttention, and {adapter.module!r} has none."
+            )
+        if adapter.bias and roles.get(adapter.biased) == "trained":
+            raise ValueError(
+                f"lora_bias=True trains a bias of the adapter on {adapter.path!r}, and {adapter.biased!r}, to which "
+                "that is added, is too. Train one: drop lora_bias, or bias, biases='train', head='lora_bias' or "
+                "the entry in modules_to_save."
+            )
 
 
 def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:

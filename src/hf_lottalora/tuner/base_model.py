@@ -131,8 +131,11 @@ class BaseTensors:
 
     def value(self, path: str) -> torch.Tensor:
         """The value of a tensor without any adapter."""
-        layer = self._merged_layer(path)
-        return self.trained.base_value(self.model, path) if layer is None else layer.original_weight()
+        merged = self._merged_layer(path)
+        if merged is None:
+            return self.trained.base_value(self.model, path)
+        layer, attribute = merged
+        return layer.original_weight() if attribute == "weight" else layer.original_bias()
 
     def saved_value(self, path: str, adapter: str, state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What this adapter's artifact contains: its trained copy, or the base value. From `state_dict` if live."""
@@ -168,14 +171,17 @@ class BaseTensors:
                 "merged into (see unmerge_adapter), or cast to a smaller dtype and back."
             )
 
-    def _merged_layer(self, path: str) -> ScaffoldLayer | None:
+    def _merged_layer(self, path: str) -> tuple[ScaffoldLayer, str] | None:
+        """The layer that has merged adapters into this tensor, and whether it is its weight or bias."""
         owner, _, attribute = path.rpartition(".")
         layer = self.model.get_submodule(owner)
         if isinstance(layer, ScaffoldAttention):
-            layer, attribute = layer.adapted.get(attribute, layer), "weight"
-        if isinstance(layer, ScaffoldLayer) and layer.merged and attribute == "weight":
-            return layer
-        return None
+            name, _, attribute = attribute.rpartition("_")
+            layer = layer._modules.get(name) or layer
+        if not isinstance(layer, ScaffoldLayer) or not layer.merged:
+            return None
+        changed = attribute == "weight" or (attribute == "bias" and layer._unmerged_bias is not None)
+        return (layer, attribute) if changed else None
 
     def _state_path(self, path: str) -> str:
         """The path that a base tensor has now that PEFT has wrapped some modules."""

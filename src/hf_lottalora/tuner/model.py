@@ -22,7 +22,7 @@ from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
 from ..layers.layer import ScaffoldLayer
 from ..layers.linear import ScaffoldLinear
-from ..paths import owner_of
+from ..paths import clean_modules, owner_of
 from ..plan.initialization import untouched_rng
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan, saved_key
 from ..plan.planner import plan_from_survey, warn_of_losses
@@ -156,6 +156,16 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         plan = peft_config._plan
         return plan is not None and any(a.module == key and a.kind != "tied_head" for a in plan.adapters)
 
+    def _check_new_adapter_config(self, config: LottaLoraConfig) -> None:
+        """Nothing: of biases that are trained every adapter has its own, of which PEFT has one for all."""
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """As PEFT's, without its own way with biases: those that an adapter trains are switched with it."""
+        super()._mark_only_adapters_as_trainable(model)
+        for _, module in clean_modules(model):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
     def _check_tied_modules(self, model: nn.Module, peft_config: LottaLoraConfig) -> None:
         """Nothing to check or warn about: the plan has, and tied tensors stay one tensor."""
 
@@ -217,6 +227,10 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         self._set_trained_grad(self.active_adapters, enabled)
         if enabled:
             self._restore_residency()  # a merged layer that ran while adapters were off has unmerged itself
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's, without its warning: trained biases are the base model's again, too."""
+        self._enable_adapter_layers(enabled=False)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Enable or disable gradients on adapters and their trained tensors."""
