@@ -89,7 +89,8 @@ def test_paper_defaults() -> None:
         ({"lora_bias": True, "use_dora": True}, ValueError, "lora_bias=True is not supported for DoRA"),
         ({"layer_replication": [(0, 2)]}, ValueError, "does not take layer_replication"),
         ({"target_parameters": ["a.weight"]}, ValueError, "does not take target_parameters"),
-        ({"trainable_token_indices": [1]}, ValueError, "does not take trainable_token_indices"),
+        ({"trainable_token_indices": [-1]}, ValueError, "must be a list of distinct token ids, .* got"),
+        ({"trainable_token_indices": {"wte": [1, 1]}}, ValueError, "must be a list of distinct token ids, .* got"),
         ({"ensure_weight_tying": True}, ValueError, "does not take ensure_weight_tying"),
         ({"generator": "mt19937"}, ValueError, "generator 'mt19937' is not known"),
         ({"format_version": 2}, ValueError, "Scaffold format 2 .* Upgrade with"),
@@ -109,7 +110,7 @@ def test_every_lora_option_is_taken_or_refused() -> None:
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode",
         "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "megatron_core",
         "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-        "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+        "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(LoraConfig)} - honoured - set(REFUSED) == set()
 

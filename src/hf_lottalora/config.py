@@ -24,6 +24,7 @@ from .options import (
     check_numbers,
     check_patterns,
     check_refused,
+    check_token_indices,
 )
 from .residency.forms import Residency, check_residency
 from .scaffold.draw import GENERATOR, check_seed
@@ -105,7 +106,7 @@ class LottaLoraConfig(LoraConfig):
         metadata={
             "help": "Token, position and type embeddings: 'train' whole (default, paper section 5), 'frozen' as drawn, "
             "or 'lora' = the token embedding frozen with an adapter, the smaller tables trained whole. A tied head "
-            "follows. Those that target_modules names are frozen with an adapter anyway."
+            "follows. Those that target_modules or trainable_token_indices name are frozen, but for adapter and rows."
         },
     )
     head: Head | None = field(
@@ -229,6 +230,7 @@ class LottaLoraConfig(LoraConfig):
         check_patterns(values)
         check_residency(self.residency, {self.family, *self.family_pattern.values()})
         check_numbers(values)
+        check_token_indices(self.trainable_token_indices)
         extras = [name for name in ("layer_norm", "residual") if getattr(self, name)]
         if extras and self.embeddings == "lora":
             raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
@@ -258,6 +260,7 @@ class LottaLoraConfig(LoraConfig):
         entries = {key: value for key, value in super().to_dict().items() if key not in REFUSED}
         entries["target_modules"] = _listed(entries["target_modules"])
         entries["exclude_modules"] = _listed(entries["exclude_modules"])
+        entries["trainable_token_indices"] = self.token_indices
         entries["modules_to_save"] = None if self.modules_to_save is None else list(self.modules_to_save) or None
         return entries
 

@@ -36,7 +36,6 @@ REFUSED = {
     "megatron_config": "Megatron layers are not supported",
     "monteclora_config": "MonteCLoRA is not supported",
     "target_parameters": "adapters on bare parameters are not supported",
-    "trainable_token_indices": "embeddings are trained as a whole, frozen, or adapted: see the field `embeddings`",
     "use_bdlora": "BD-LoRA is not supported",
     "use_qalora": "QA-LoRA needs a quantised base",
     "velora_config": "VeLoRA is not supported",
@@ -120,6 +119,17 @@ def check_patterns(values: Mapping[str, Any]) -> None:
             isinstance(wanted, (list, set, tuple)) and all(isinstance(entry, str) for entry in wanted)
         ):
             raise ValueError(f"{name} must be a list of module names or a regular expression, got {wanted!r}.")
+
+
+def check_token_indices(given: Any) -> None:
+    """Token ids, or such by the name of an embedding."""
+    for ids in given.values() if isinstance(given, Mapping) else () if given is None else (given,):
+        wanted = isinstance(ids, (list, tuple)) and bool(ids)
+        if not (wanted and all(type(i) is int and i >= 0 for i in ids) and len(set(ids)) == len(ids)):
+            raise ValueError(
+                "trainable_token_indices must be a list of distinct token ids, or a dict of such lists by the name of "
+                f"an embedding, got {given!r}."
+            )
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ OPTIONS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "dora, residual, norm": (llama, {"use_dora": True, "residual": True, "layer_norm": True}),
     "embeddings": (llama, {"embeddings": "lora"}),
+    "rows": (llama, {"trainable_token_indices": [3, 5]}),
     "attention": (attention, {"target_modules": ["self_attn"], "use_dora": True}),
     "biases": (attention, {"target_modules": ["self_attn", "linear1"], "lora_bias": True}),
     "convolutions": (convolutions, {"target_modules": ["0"], "modules_to_save": ["2"], "residual": True}),

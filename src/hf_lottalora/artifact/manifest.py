@@ -79,6 +79,12 @@ def check_state_dict(plan: Plan, state_dict: Mapping[str, torch.Tensor], where: 
             f"{where} was trained with residual={content['residual']}, this model has {not content['residual']}. "
             "Nothing was loaded. Use the same option in LottaLoraConfig."
         )
+    rows = content.get("rows", {})
+    if rows != plan.trained_rows():
+        raise ValueError(
+            f"{where} has trained rows {rows}, this model trains {plan.trained_rows()}. Nothing was loaded. Use "
+            "the same trainable_token_indices in LottaLoraConfig."
+        )
     for adapter in plan.adapters:  # the same ones: their keys were just compared
         trained_with = content["scaling"].get(adapter.path)
         if trained_with != adapter.scaling:

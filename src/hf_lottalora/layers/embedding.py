@@ -12,6 +12,7 @@ from torch import nn
 
 from .functional import ScaledEmbedding, ScaledLinear, matmul_dtype
 from .layer import ScaffoldLayer
+from .rows import TrainedRows
 
 
 class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
@@ -54,9 +55,9 @@ class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
 class TiedHead(nn.Module, BaseTunerLayer):
     """An output layer that shares weight *and* adapter with the input embedding, so that the two stay tied."""
 
-    embedding: ScaffoldEmbedding
+    embedding: ScaffoldEmbedding | TrainedRows
 
-    def __init__(self, base_layer: nn.Module, embedding: ScaffoldEmbedding) -> None:
+    def __init__(self, base_layer: nn.Module, embedding: ScaffoldEmbedding | TrainedRows) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.__dict__["embedding"] = embedding  # not a submodule: its parameters are listed once, over there

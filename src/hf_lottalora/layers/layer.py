@@ -117,8 +117,11 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if adapter_name in self.lora_magnitude:
             self.lora_magnitude[adapter_name].data.copy_(self._norms(adapter_name))
 
+    def _has(self, adapter_name: str) -> bool:
+        return adapter_name in self.lora_beta
+
     def _active(self) -> list[str]:
-        adapters = [name for name in self.active_adapters if name in self.lora_beta]
+        adapters = [name for name in self.active_adapters if self._has(name)]
         self._check_together(adapters)
         return adapters
 
@@ -270,7 +273,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             ValueError: an adapter has a LayerNorm, several do not add up, or with `safe_merge` the merged weight is not
                 finite; nothing was changed.
         """
-        adapters = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_beta]
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) or [] if self._has(name)]
         if not adapters:
             return
         self._check_together([*self.merged_adapters, *adapters])
@@ -278,10 +281,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             raise ValueError(f"Adapters {adapters} have a LayerNorm after the layer, which no weight can contain.")
         weight = self.get_base_layer().weight
         original = self.original_weight()
-        exact = torch.promote_types(original.dtype, torch.float32)
-        merged = original.to(exact)
-        for name in [*self.merged_adapters, *adapters]:
-            merged = merged + self.get_delta_weight(name)
+        merged = self._merged_weight([*self.merged_adapters, *adapters])
         bias = self._merged_bias([*self.merged_adapters, *adapters])
         if safe_merge and not (torch.isfinite(merged).all() and (bias is None or torch.isfinite(bias).all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
@@ -292,6 +292,14 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             self._unmerged_bias = self.original_bias().clone()
             self.get_base_layer().bias.data.copy_(bias)
         self.merged_adapters.extend(adapters)
+
+    def _merged_weight(self, adapters: list[str]) -> torch.Tensor:
+        """What merging makes of the base weight, at least float32."""
+        original = self.original_weight()
+        merged = original.to(torch.promote_types(original.dtype, torch.float32))
+        for name in adapters:
+            merged = merged + self.get_delta_weight(name)
+        return merged
 
     def _merged_bias(self, adapters: list[str]) -> torch.Tensor | None:
         """What merging makes of the base bias, None where no adapter has a bias."""
@@ -321,7 +329,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
-        for name in set(adapter_names) & set(self.lora_beta.keys()):
+        for name in filter(self._has, set(adapter_names)):
             rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
             result[rows] = self._adapted(x[rows], [name]).to(result.dtype)
         return result

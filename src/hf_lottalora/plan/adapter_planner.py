@@ -45,6 +45,10 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
             f"target_modules={_shown(config.target_modules)} matches no linear layer, convolution or embedding of "
             f"{survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
         )
+    embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
+    if embedding is not None and embedding not in adapters and not under(embedding.path, extra):
+        adapters.append(embedding)
+    adapters.extend(_trained_rows(survey, config, extra, {adapter.path for adapter in adapters}))
     for tensor in survey.tensors:
         shared = [a.path for a in adapters if a.weight in tensor.aliases]
         if shared and len(tensor.aliases) > 1 and not tensor.tied_head:
@@ -52,9 +56,6 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
                 f"{shared[0]!r} shares its weight ({', '.join(tensor.aliases)}): an adapter on one place would change "
                 "the other, or miss it. Leave it out of target_modules."
             )
-    embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
-    if embedding is not None and embedding not in adapters and not under(embedding.path, extra):
-        adapters.append(embedding)
     return _with_tied_head(adapters, survey)
 
 
@@ -95,6 +96,37 @@ def _check_looked_up_here(module: SurveyedModule, survey: Survey) -> None:
             f"several modules ({', '.join(others)}). Pass embeddings='train' or 'frozen', and leave them out of "
             "target_modules."
         )
+
+
+def _trained_rows(
+    survey: Survey, config: LottaLoraConfig, extra: set[str], adapted: set[str]
+) -> Iterator[PlannedAdapter]:
+    """The rows that `trainable_token_indices` names: of the token embedding, or of embeddings by name."""
+    given = config.token_indices or {}
+    tables = given if isinstance(given, Mapping) else {survey.input_embeddings or "embed_tokens": given}
+    for name, ids in tables.items():
+        modules = [m for m in survey.modules if m.path == name or m.path.endswith(f".{name}")]
+        if not modules:
+            raise ValueError(f"trainable_token_indices names {name!r}, but {survey.class_name} has no such module.")
+        for module in modules:
+            whole, where = under(module.path, extra), f"trainable_token_indices names rows of {module.path!r}"
+            if module.kind != "embedding" or _weight_is_read(module, survey):
+                raise ValueError(
+                    f"{where}, a {module.type_name}. Rows are trained of an nn.Embedding that looks ids up; a head "
+                    "that is tied to it follows."
+                )
+            if whole or module.path in adapted:
+                what = "modules_to_save trains as a whole" if whole else "carries an adapter"
+                raise ValueError(f"{where}, which {what}. Drop one of the two.")
+            _check_looked_up_here(module, survey)
+            table = next(t for t in survey.tensors if f"{module.path}.weight" in t.aliases)
+            wrong = [i for i in ids if i >= module.in_features or i == table.zero_row]
+            if wrong:
+                raise ValueError(
+                    f"{where}, which has {module.in_features} rows of which {table.zero_row} is padding, got {wrong}."
+                )
+            sizes = (module.in_features, module.out_features, len(ids), 1.0)
+            yield PlannedAdapter(module.path, "rows", *sizes, rows=tuple(sorted(ids)))
 
 
 def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:

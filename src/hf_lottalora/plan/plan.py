@@ -20,7 +20,7 @@ MANIFEST_KEY = "lottalora_manifest"
 PREFIX = "base_model.model."  # PEFT's prefix of every key in an adapter file
 
 Role = Literal["scaffold", "trained", "kept"]
-AdapterKind = Literal["linear", "conv", "embedding", "tied_head", "projection"]
+AdapterKind = Literal["linear", "conv", "embedding", "tied_head", "projection", "rows"]
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -73,6 +73,7 @@ class PlannedAdapter:
     """A, B, beta and their options over one module; a tied head shares those of the input embedding.
 
     For one of several matrices of a module, `matrix` is its path there, and the adapter's own lies below the module's.
+    Of kind "rows" it is `rows` of an embedding, so many as its r, which are trained as they are.
     """
 
     path: str
@@ -89,6 +90,7 @@ class PlannedAdapter:
     residual: bool = False
     bias: bool = False
     matrix: str = ""
+    rows: tuple[int, ...] = ()
 
     @property
     def module(self) -> str:
@@ -121,7 +123,7 @@ class PlannedAdapter:
             shapes = {"lora_embedding_A": (r, d_in), "lora_embedding_B": (d_out, r), "lora_beta": (1,)}
             magnitude = {"outputs": (d_out,), "inputs": (1, d_in)}
             return shapes | ({"lora_magnitude": magnitude[self.dora]} if self.dora else {})
-        return {}
+        return {"lora_rows": (r, d_out)} if self.kind == "rows" else {}
 
     @property
     def numel(self) -> int:
@@ -166,12 +168,13 @@ class Plan:
     def adapter_parameters(self) -> int:
         """Trainable parameters in A, B and beta ("internal" in the paper's tables)."""
         fixed = sum("lora_beta" in adapter.shapes and not adapter.train_beta for adapter in self.adapters)
-        return sum(adapter.numel for adapter in self.adapters) - fixed
+        return sum(adapter.numel for adapter in self.adapters if not adapter.rows) - fixed
 
     @property
     def trainable_parameters(self) -> int:
-        """All trainable parameters: adapters and trained tensors."""
-        return self.adapter_parameters + sum(tensor.survey.numel for tensor in self.with_role("trained"))
+        """All trainable parameters: adapters, trained tensors and trained rows."""
+        rows = sum(adapter.numel for adapter in self.adapters if adapter.rows)
+        return self.adapter_parameters + rows + sum(tensor.survey.numel for tensor in self.with_role("trained"))
 
     @property
     def total_parameters(self) -> int:
@@ -199,6 +202,10 @@ class Plan:
         shapes.update({saved_key(path): tensor.survey.shape for path, tensor in self.saved.items()})
         return shapes
 
+    def trained_rows(self) -> dict[str, list[int]]:
+        """The ids of the rows that are trained, by the path of their embedding."""
+        return {adapter.path: list(adapter.rows) for adapter in self.adapters if adapter.kind == "rows"}
+
     def manifest(self) -> torch.Tensor:
         """Seed, format, digests and scaling factors as a uint8 tensor of JSON, shape `(n,)`."""
         digests = self.scaffold_digests()
@@ -212,6 +219,8 @@ class Plan:
             "scaling": {adapter.path: adapter.scaling for adapter in self.adapters},
             "residual": any(adapter.residual for adapter in self.adapters),
         }
+        if self.trained_rows():
+            content["rows"] = self.trained_rows()
         data = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -248,7 +257,7 @@ class Plan:
             add(tensor.role, tensor.path, tensor.survey.numel, tensor.survey.numel * tensor.survey.dtype.itemsize)
         for adapter in self.adapters:
             if adapter.shapes:
-                label = f"{adapter.path} (A, B, beta)"
+                label = f"{adapter.path} ({'rows' if adapter.rows else 'A, B, beta'})"
                 add("adapter", label, adapter.numel, adapter.numel * self.adapter_dtype().itemsize)
         width = max(len(path) for _, path in rows)
         lines = [f"LottaLoRA plan for {self.survey.class_name}, seed {self.seed}"]

@@ -152,7 +152,7 @@ def _check_biases(planned: list[PlannedTensor], adapters: list[PlannedAdapter]) 
 def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:
     """Refuse a key that does nothing."""
     drawn = [path.rpartition(".")[0] for path in plan.scaffold]
-    adapted = [adapter.module for adapter in plan.adapters]
+    adapted = [adapter.module for adapter in plan.adapters if not adapter.rows]
     for name, paths in (("family_pattern", drawn), ("seed_pattern", drawn), ("train_beta_pattern", adapted)):
         for key in getattr(config, name):
             if not any(get_pattern_key([key], path) == key for path in paths):

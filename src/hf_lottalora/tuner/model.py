@@ -22,6 +22,7 @@ from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
 from ..layers.layer import ScaffoldLayer
 from ..layers.linear import ScaffoldLinear
+from ..layers.rows import TrainedRows
 from ..paths import clean_modules, owner_of
 from ..plan.initialization import untouched_rng
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan, saved_key
@@ -122,6 +123,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         plan = plan_from_survey(survey, config)
         if not first:
             check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
+        _check_rows(adapter_name, plan, model)
         check_loadable(model, plan)
         plan.kept_digests.update(self.base.kept_digests(plan))
         if config.scaffold_digests is not None:
@@ -181,6 +183,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             return ScaffoldConv(target, adapter_name, config=lora_config, **kwargs)
         if isinstance(target, nn.MultiheadAttention):
             return ScaffoldAttention(target, adapter_name, config=lora_config, **kwargs)
+        rows = lora_config._plan.trained_rows()
+        if isinstance(target, nn.Embedding) and kwargs["target_name"] in rows:
+            return TrainedRows(target, adapter_name, config=lora_config, **kwargs)
         if isinstance(target, nn.Embedding):
             return ScaffoldEmbedding(target, adapter_name, config=lora_config, **kwargs)
         layer = ScaffoldLinear(target, adapter_name, config=lora_config, **kwargs)
@@ -199,7 +204,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             layer.scaffold = plan.scaffold.get(adapter.weight) or layer.scaffold
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
-            if not layer.lora_beta[adapter_name].is_meta:
+            if not next(layer.adapter_parameters(adapter_name)).is_meta:
                 path = names[adapter.weight].removesuffix("weight")[:-1]
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
 
@@ -408,6 +413,16 @@ def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "
             "two could not be told apart in a saved file. Choose another adapter_name."
         )
+
+
+def _check_rows(adapter_name: str, plan: Plan, model: nn.Module) -> None:
+    for adapter in plan.adapters:
+        layer = model.get_submodule(adapter.path) if adapter.kind in ("embedding", "rows") else None
+        if isinstance(layer, ScaffoldLayer) and isinstance(layer, TrainedRows) != (adapter.kind == "rows"):
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be added: of {adapter.path!r} one adapter trains some rows, and the "
+                "other is low-rank. Build a second model."
+            )
 
 
 def _weights_follow() -> bool:
