@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -154,9 +154,12 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: LottaLoraConfig, key: str) -> bool:
+    def _check_target_module_exists(peft_config: LottaLoraConfig, key: str) -> Any:
         plan = peft_config._plan
-        return plan is not None and any(a.module == key and a.kind != "tied_head" for a in plan.adapters)
+        if plan is None or any(a.module == key and a.kind != "tied_head" for a in plan.adapters):
+            return plan is not None
+        matched = check_target_module_exists(peft_config, key)
+        return False if matched else matched  # PEFT tells what is excluded from what does not match
 
     def _check_new_adapter_config(self, config: LottaLoraConfig) -> None:
         """Nothing: of biases that are trained every adapter has its own, of which PEFT has one for all."""
