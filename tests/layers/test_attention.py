@@ -151,6 +151,19 @@ def test_life_of_a_model(base: str, redraw: str, tmp_path: Path) -> None:
     torch.testing.assert_close(merged(*x), y)
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("base", ["fused", "other keys and values"])
+def test_merging_with_every_option(base: str, option: str) -> None:
+    model, layer = made(base, **OPTIONS[option])
+    x = inputs(base)
+    y, before = model(*x), {name: p.clone() for name, p in layer.base_layer.named_parameters()}
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(*x), y)
+    model.unmerge_adapter()
+    assert torch.equal(model(*x), y)
+    assert all(torch.equal(p, before[name]) for name, p in layer.base_layer.named_parameters())
+
+
 def test_what_is_drawn() -> None:
     drawn = {redraw: set(make_plan(Attends(), settings(redraw=redraw)).scaffold) for redraw in REDRAW}
     matrices = {"mha.in_proj_weight", "mha.out_proj.weight"}
