@@ -150,9 +150,14 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
         raise ValueError(f"layer_norm is not supported on convolutions, and {module.path!r} is one.")
     if module.kind == "embedding" and (config.layer_norm or config.residual):
         what = "layer_norm" if config.layer_norm else "residual"
-        raise ValueError(f"{what} is for layers that multiply, and {module.path!r} is an embedding.")
+        raise ValueError(
+            f"{what} is for layers that multiply, and {module.path!r} is an embedding. Leave it out of target_modules."
+        )
     if module.kind == "embedding" and config.lora_bias:
-        raise ValueError(f"lora_bias is for layers with a bias, and {module.path!r} is an embedding.")
+        raise ValueError(
+            f"lora_bias is for layers with a bias, and {module.path!r} is an embedding. Leave it as it is, or "
+            "drop lora_bias."
+        )
     dora = config.dora_magnitude if config.use_dora else None
     if module.kind == "conv" and dora == "inputs" and config.lora_dropout:
         raise ValueError(
