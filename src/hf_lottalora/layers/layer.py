@@ -239,7 +239,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
         if not self.merged and not (self.scaffold is not None and self.scaffold.is_in(original)):
             self._unmerged_weight = original.clone()
-        weight.data.copy_(merged)
+        with torch.no_grad():  # not by way of .data: the backward pass of an earlier forward pass must be an error
+            weight.copy_(merged)
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
@@ -247,7 +248,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if not self.merged:
             super().unmerge()  # warns
             return
-        self.get_base_layer().weight.data.copy_(self.original_weight())
+        with torch.no_grad():
+            self.get_base_layer().weight.copy_(self.original_weight())
         self.merged_adapters.clear()
         self._unmerged_weight = None
 
