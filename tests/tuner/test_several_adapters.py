@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import SIZES, bert, config, llama, logits, perturb
+from tiny import SIZES, bert, config, llama, logits, mlp, perturb
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
@@ -139,6 +139,9 @@ def test_a_base_that_carries_adapters_is_refused() -> None:
 def test_an_adapter_name_that_occurs_in_the_model_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"An adapter cannot be called '{name}'"):
         get_peft_model(llama(), config(), adapter_name=name)
+    model = get_peft_model(mlp(), config(target_modules=["0"], modules_to_save=["4"]))
+    with pytest.raises(ValueError, match=f"An adapter cannot be called '{name}'"):
+        model.add_adapter(name, config(target_modules=["0"], modules_to_save=["4"]))
 
 
 def test_a_lora_head_with_pefts_task_type() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..artifact.manifest import check_scaffold, check_shapes, check_state_dict
 from ..config import LottaLoraConfig
 from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
-from ..layers.layer import ScaffoldLayer
+from ..layers.layer import DECAYED, UNDECAYED, ScaffoldLayer
 from ..layers.linear import ScaffoldLinear
 from ..paths import owner_of
 from ..plan.initialization import untouched_rng
@@ -101,7 +101,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                 "LottaLoRA adapters are placed by their config; injecting by a state_dict is not supported."
             )
         config = self.peft_config[adapter_name]
-        _check_adapter_name(adapter_name, model)
+        _check_adapter_name(adapter_name, model, self.plans)
         first = self.survey is None
         if first and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
@@ -175,7 +175,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
-            if not layer.lora_beta[adapter_name].is_meta:
+            if not layer.lora_beta[adapter_name].value.is_meta:
                 path = names[f"{adapter.path}.weight"].removesuffix(".weight")
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
 
@@ -276,11 +276,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
         config._other_dtypes = other_dtypes(tuner.model, config._saved_dtype)
         selected = {MANIFEST_KEY: plan.manifest()}
-        for adapter in plan.adapters:
-            for name in adapter.shapes:
-                kind, _, weight = name.partition(".")
-                key = PREFIX + ".".join(filter(None, (adapter.path, kind, adapter_name, weight)))
-                selected[key] = state_dict[key]
+        live = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in state_dict}
+        keys = [live[saved_key(f"{adapter.path}.{name}")] for adapter in plan.adapters for name in adapter.shapes]
+        selected.update({key: state_dict[key] for key in keys})
         selected.update(
             {saved_key(path): tuner.base.saved_value(path, adapter_name, state_dict) for path in plan.saved}
         )
@@ -289,6 +287,13 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         }
         check_shapes(plan, shapes, "The model", "Change a model (its vocabulary, say) before get_peft_model.")
         return _Complete(selected)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As PEFT's; of an `AdapterTensor` the parameter's own name goes too. PEFT inverts this when it loads."""
+        stem = key.rpartition(".")[0]
+        own = stem.endswith(tuple(f".{kind}.{adapter_name}" for kind in ScaffoldLayer.own_tensors))
+        return super()._remove_adapter_name_from_key(stem if own else key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -336,7 +341,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """
         name = self._known(adapter_name)
         return {
-            path: layer.lora_beta[name].item()
+            path: layer.lora_beta[name].value.item()
             for path, layer in self.model.named_modules()
             if isinstance(layer, ScaffoldLayer) and name in layer.lora_beta
         }
@@ -364,12 +369,10 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         return [PREFIX + name for name, parameter in named if id(parameter) in drawn]
 
 
-def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+def _check_adapter_name(adapter_name: str, model: nn.Module, adapters: Iterable[str]) -> None:
     # PEFT takes an adapter's name out of keys by matching path segments.
-    segments = {segment for name in model.state_dict() for segment in name.split(".")}
-    if adapter_name in segments - {"default"} and not any(
-        f".{adapter_name}" in name for name in model.state_dict() if "lora_" in name
-    ):
+    segments = {segment for name in model.state_dict() for segment in name.split(".")} | {UNDECAYED, DECAYED}
+    if adapter_name in segments - {"default", *adapters}:
         raise ValueError(
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "
             "two could not be told apart in a saved file. Choose another adapter_name."
