@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from ..scaffold.tensor import ScaffoldTensor
 from .functional import without_autocast
 
-# Trainer decides by name alone (`get_decay_parameter_names`): it decays no bias and no norm. Norms they are: a magnitude
-# is that of a row or column, beta that of the scaffold in units of the drawn one.
+# Trainer decides by names alone (`get_decay_parameter_names`): it decays no bias and no norm. And these are norms: a
+# magnitude that of a row or column, beta that of the scaffold, in units of the drawn one.
 UNDECAYED, DECAYED = "norm", "weight"
 
 

@@ -92,6 +92,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     ) -> None:
         """Plan, validate, draw, then let PEFT inject the adapters.
 
+        With the very config object of an adapter that is there, as TRL makes the reference of DPO, a copy of it. TRL
+        copies what has the adapter's name; trained tensors have the base model's.
+
         Raises:
             ValueError: the plan is impossible, or another scaffold than the model's is asked for. The model is then
                 as it was.
@@ -120,6 +123,12 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         if config._artifact_shapes is not None:
             check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")
 
+        values_follow = low_cpu_mem_usage or _weights_follow()  # from a file
+        same = (
+            name for name, other in self.plans.items() if self.peft_config[name] is config and plan.trains_as(other)
+        )
+        copied = None if values_follow else next(same, None)
+
         # From here on the model changes.
         if first:
             if config.scaffold_digests is None:  # an artifact that is loaded was made over this base on purpose
@@ -131,12 +140,15 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config._plan = self.plans[adapter_name] = plan
         # Also where it is None: PEFT's task classes would fill it later, and wrap the head once more.
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
-        self.trained.add(model, adapter_name, plan, start=not (low_cpu_mem_usage or _weights_follow()))
+        self.trained.add(model, adapter_name, plan, start=not values_follow)
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
         with untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         config.target_modules = requested
         self._finish_adapters(model, adapter_name, plan, config)
+        if copied is not None:
+            for mine, its in zip(self._parameters_of(adapter_name), self._parameters_of(copied), strict=True):
+                mine.data = its.data.clone()  # also its dtype
         self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
 
     @staticmethod
@@ -208,6 +220,13 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """Enable or disable gradients on adapters and their trained tensors."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._set_trained_grad([adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
+
+    def _parameters_of(self, adapter_name: str) -> Iterator[torch.Tensor]:
+        """All of one adapter, in an order that its plan decides."""
+        for module in self.model.modules():
+            if isinstance(module, ScaffoldLayer):
+                yield from module.adapter_parameters(adapter_name)
+        yield from self.trained.parameters_of(self.model, adapter_name).values()
 
     def _set_trained_grad(self, adapters: list[str], requires_grad: bool) -> None:
         for name in adapters:
