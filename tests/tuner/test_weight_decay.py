@@ -14,7 +14,7 @@ from tiny import bert, config, llama, mlp
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_lottalora import LottaLoraConfig
+from hf_lottalora import LottaLoraConfig, parameter_groups
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -141,3 +141,82 @@ def test_artifacts_know_neither_name(tmp_path: Path) -> None:
         again.load_adapter(tmp_path / "False", "default")
     assert len(keys) == 1
     assert {key.rpartition(".")[2] for key in keys.pop() if ".lora_" in key} == {*OWN, "weight"}
+
+
+def names_by_group(model: nn.Module) -> dict[tuple[float, float], list[str]]:
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, lr_ratio=16, embedding_lr=0.5)
+    assert all(group["params"] for group in groups)
+    return {(group["lr"], group["weight_decay"]): named(model, group) for group in groups}
+
+
+@pytest.mark.parametrize("decay_beta", [False, True])
+@pytest.mark.parametrize("settings", OPTIONS.values(), ids=OPTIONS)
+def test_the_groups_decay_as_trainer_does(tmp_path: Path, settings: dict[str, Any], decay_beta: bool) -> None:
+    model = get_peft_model(llama(), with_decay_of(settings, decay_beta))
+    decayed, undecayed = trainers_optimizer(model, tmp_path, weight_decay=0.1).param_groups
+    found: dict[float, list[str]] = {0.1: [], 0.0: []}
+    for (_, decay), names in names_by_group(model).items():
+        found[decay] += names
+    assert sorted(found[0.1]) == sorted(named(model, decayed))
+    assert sorted(found[0.0]) == sorted(named(model, undecayed))
+
+
+def test_the_rates_of_lora_plus() -> None:
+    """Only B has B's rate, and embeddings have theirs, whole or adapted."""
+    model = get_peft_model(bert(), config(use_dora=True, biases="train", modules_to_save=["pooler"]))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = names_by_group(model)
+    assert set(groups) == {(1.0, 0.1), (16.0, 0.1), (0.5, 0.1), (1.0, 0.0)}
+    assert set(groups[16.0, 0.1]) == {name for name in trainable if ".lora_B." in name}
+    assert set(groups[0.5, 0.1]) == {name for name in trainable if name.endswith("_embeddings.weight")}
+    vectors = {name for name in trainable if name.endswith(("bias", "LayerNorm.weight"))} | own(list(trainable))
+    assert set(groups[1.0, 0.0]) == vectors
+    heads = {f"base_model.model.{name}.weight" for name in ("bert.pooler.dense", "classifier")}
+    assert set(groups[1.0, 0.1]) == {name for name in trainable if ".lora_A." in name} | heads
+
+    adapted = get_peft_model(llama(), config(embeddings="lora", r=1))
+    ending = ("lora_embedding_A.default", "lora_embedding_B.default")
+    assert all(name.endswith(ending) for name in names_by_group(adapted)[0.5, 0.1])
+    assert len(names_by_group(adapted)[0.5, 0.1]) == 2
+
+
+def test_the_groups_know_a_batch_norm_and_what_else_a_user_trains() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model = get_peft_model(net, config(target_modules=["0"], modules_to_save=["2"]))
+    model.base_model.model.add_module("more", nn.Linear(3, 3))
+    groups = names_by_group(model)
+    beta = "base_model.model.0.lora_beta.default.norm"
+    assert set(groups[1.0, 0.0]) == {
+        beta, *(f"base_model.model.{name}" for name in ("1.weight", "1.bias", "2.bias", "more.bias"))
+    }  # fmt: skip
+    assert "base_model.model.more.weight" in groups[1.0, 0.1]
+
+
+def test_the_groups_train_under_trainer(tmp_path: Path) -> None:
+    model = get_peft_model(bert(), config())
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, weight_decay=0.1, lr_ratio=16))
+    run = trainer(model, tmp_path, max_steps=2, optimizers=(optimizer, None))
+    run.train()
+    assert [group["initial_lr"] for group in run.optimizer.param_groups] == [1e-3, 16e-3, 1e-3, 1e-3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, r"lr must be a positive number, got 0.0"),
+        ({"lr": 1.0, "lr_ratio": -1}, r"lr_ratio must be a positive number, got -1"),
+        ({"lr": 1.0, "embedding_lr": float("inf")}, r"embedding_lr must be a positive number, got inf"),
+        ({"lr": 1.0, "weight_decay": -0.1}, r"weight_decay must be a number that is not negative, got -0.1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(get_peft_model(llama(), config()), **options)
+
+
+def test_a_model_that_trains_nothing_is_refused(tmp_path: Path) -> None:
+    get_peft_model(llama(), config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="No parameter of the model is trained. Load it with is_trainable=True"):
+        parameter_groups(PeftModel.from_pretrained(llama(), tmp_path), lr=1.0)
+    with pytest.raises(ValueError, match="Expected a PeftModel with a LottaLoRA adapter, got LlamaForCausalLM"):
+        parameter_groups(llama(), lr=1.0)
