@@ -39,6 +39,7 @@ from .scaffold.draw import FORMAT_VERSION  # noqa: E402
 from .scaffold.families import FAMILIES, Family, get_family, register_family  # noqa: E402
 from .scaffold.tensor import ScaffoldTensor  # noqa: E402
 from .tuner.distributed import RanksAgreeCallback, check_ranks_agree  # noqa: E402
+from .tuner.groups import parameter_groups  # noqa: E402
 from .tuner.model import LottaLoraModel  # noqa: E402
 
 __all__ = [
@@ -69,5 +70,6 @@ __all__ = [
     "get_family",
     "make_plan",
     "minimum_sufficient_rank",
+    "parameter_groups",
     "register_family",
 ]

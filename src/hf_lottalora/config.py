@@ -145,6 +145,16 @@ class LottaLoraConfig(LoraConfig):
     train_beta: bool = field(
         default=True, metadata={"help": "Train beta (default, paper section 1); otherwise it stays 1."}
     )
+    decay_beta: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether Trainer, and `parameter_groups`, apply weight decay to beta, and with it to DoRA's "
+            "magnitudes and the weights of layer_norm (default ours: not; decay pulls beta to 0, where the scaffold is "
+            "silent). The paper's setting, read literally, and that of version 0.1, is True: to resume a Trainer "
+            "checkpoint of 0.1 with its optimizer, pass it. With another value than the checkpoint's, torch says that "
+            "a parameter group doesn't match the size of the optimizer's group."
+        },
+    )
     family_pattern: dict[str, str] = field(
         default_factory=dict,
         metadata={

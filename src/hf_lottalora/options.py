@@ -79,7 +79,7 @@ def check_choices(values: Mapping[str, Any]) -> None:
     ):
         if values[name] not in choices:
             raise ValueError(f"{name} must be one of {list(choices)}, got {values[name]!r}.")
-    for name in ("train_beta", "save_kept", "layer_norm", "residual", "use_dora", "use_rslora"):
+    for name in ("train_beta", "decay_beta", "save_kept", "layer_norm", "residual", "use_dora", "use_rslora"):
         if not isinstance(values[name], bool):
             raise ValueError(f"{name} must be True or False, got {values[name]!r}.")
     rule, gain = values["scale"], get_family(values["family"]).scale_rule == "gain"

@@ -22,13 +22,39 @@ from transformers.pytorch_utils import Conv1D
 from ..scaffold.tensor import ScaffoldTensor
 from .functional import without_autocast
 
+# Trainer decides by names alone (`get_decay_parameter_names`): it decays no bias and no norm. And these are norms: a
+# magnitude that of a row or column, beta that of the scaffold, in units of the drawn one.
+UNDECAYED, DECAYED = "norm", "weight"
+
+
+class AdapterTensor(nn.Module):
+    """Beta, a magnitude, or weight or bias of a LayerNorm: a tensor of one adapter, as a module like A and B are.
+
+    Tools find an adapter's parameters by its name between dots, and Trainer what to decay by the last name: it has no
+    other hook. In artifacts the last name does not occur.
+    """
+
+    def __init__(self, value: torch.Tensor, decayed: bool) -> None:
+        super().__init__()
+        self.name = DECAYED if decayed else UNDECAYED
+        self.register_parameter(self.name, nn.Parameter(value))
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The parameter."""
+        parameter: nn.Parameter = getattr(self, self.name)
+        return parameter
+
 
 class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     """What LottaLoRA adds to a PEFT LoRA layer: beta, and a base weight that can be drawn again."""
 
-    adapter_layer_names = (
-        *lora.LoraLayer.adapter_layer_names, "lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias"
-    )  # fmt: skip
+    own_tensors = ("lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias")
+    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, *own_tensors)
+    lora_beta: dict[str, AdapterTensor]  # each of them a ModuleDict
+    lora_magnitude: dict[str, AdapterTensor]
+    lora_norm_weight: dict[str, AdapterTensor]
+    lora_norm_bias: dict[str, AdapterTensor]
 
     # How the base weight was drawn; None where a pretrained weight was kept.
     scaffold: ScaffoldTensor | None = None
@@ -38,22 +64,24 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         if "lora_beta" not in self._modules:
-            self.lora_beta, self.lora_magnitude = nn.ParameterDict(), nn.ParameterDict()
-            self.lora_norm_weight, self.lora_norm_bias = nn.ParameterDict(), nn.ParameterDict()
+            for kind in self.own_tensors:
+                self.register_module(kind, nn.ModuleDict())
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             self.residual: dict[str, bool] = {}
             self._made: set[str] = set()
         self._made.discard(adapter_name)
-        self.lora_beta[adapter_name] = nn.Parameter(torch.ones(1))
+        decayed: bool = config.decay_beta
+        self.lora_beta[adapter_name] = AdapterTensor(torch.ones(1), decayed)
         self.residual[adapter_name] = config.residual
         if config.use_dora:
             W = self.get_base_layer().weight
             W = W.t() if self._weight_is_IO else W
             per_input = config.dora_magnitude == "inputs"
-            self.lora_magnitude[adapter_name] = nn.Parameter(torch.ones((1, *W.shape[1:]) if per_input else len(W)))
+            ones = torch.ones((1, *W.shape[1:]) if per_input else len(W))
+            self.lora_magnitude[adapter_name] = AdapterTensor(ones, decayed)
         if config.layer_norm:
-            self.lora_norm_weight[adapter_name] = nn.Parameter(torch.ones(self.out_features))
-            self.lora_norm_bias[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
+            self.lora_norm_weight[adapter_name] = AdapterTensor(torch.ones(self.out_features), decayed)
+            self.lora_norm_bias[adapter_name] = AdapterTensor(torch.zeros(self.out_features), decayed)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self._made.add(adapter_name)
 
@@ -72,6 +100,15 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             if adapter_name in held:
                 item = held[adapter_name]
                 yield from item.parameters() if isinstance(item, nn.Module) else (item,)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take state dicts of whole models with the names of 0.1 (`lora_beta.default`), or of another decay_beta."""
+        for kind in self.own_tensors:
+            for name, held in getattr(self, kind).items():
+                stem = f"{prefix}{kind}.{name}"
+                for other in {stem, f"{stem}.{UNDECAYED}", f"{stem}.{DECAYED}"} & state_dict.keys():
+                    state_dict[f"{stem}.{held.name}"] = state_dict.pop(other)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def freeze_beta(self, adapter_name: str) -> None:
         """Beta stays as it is, whatever PEFT switches on."""
@@ -103,7 +140,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             with torch.no_grad():
                 tensor.copy_(spec.draw(tensor.dtype, tensor.device))
         if adapter_name in self.lora_magnitude:
-            self.lora_magnitude[adapter_name].data.copy_(self._norms(adapter_name))
+            self.lora_magnitude[adapter_name].value.data.copy_(self._norms(adapter_name))
 
     def _active(self) -> list[str]:
         adapters = [name for name in self.active_adapters if name in self.lora_beta]
@@ -112,8 +149,9 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def _total_beta(self, adapters: list[str]) -> torch.Tensor:
         if len(adapters) == 1:
-            return self.lora_beta[adapters[0]]
-        return 1 + sum(self.lora_beta[name] - 1 for name in adapters)
+            return self.lora_beta[adapters[0]].value
+        changes: Any = sum(self.lora_beta[name].value - 1 for name in adapters)
+        return 1 + changes
 
     def original_weight(self) -> torch.Tensor:
         """The base weight without any adapter, in the dtype it is held in: drawn again, or the kept one."""
@@ -135,7 +173,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         exact = torch.promote_types(original.dtype, torch.float32)
         A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
         product = self._product(A, B) * self.scaling[adapter]
-        summed = self.lora_beta[adapter].detach().to(exact) * original.to(exact) + product
+        summed = self.lora_beta[adapter].value.detach().to(exact) * original.to(exact) + product
         if adapter in self.lora_magnitude:
             summed = self._with_magnitude_in(summed, adapter)
         if self.residual[adapter] and self._keeps_shape:
@@ -144,7 +182,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         return summed - original.to(exact)
 
     def _magnitude_is_per_input(self, name: str) -> bool:
-        return name in self.lora_magnitude and self.lora_magnitude[name].dim() > 1
+        return name in self.lora_magnitude and self.lora_magnitude[name].value.dim() > 1
 
     @torch.no_grad()
     def _norms(self, adapter: str) -> torch.Tensor:
@@ -155,19 +193,19 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         A, B = (tensor.to(exact).flatten(1) for tensor in self._pair(adapter))
         if self._magnitude_is_per_input(adapter):
             W, A, B = W.t(), B.t(), A.t()
-        beta, s = self.lora_beta[adapter].to(exact), self.scaling[adapter]
+        beta, s = self.lora_beta[adapter].value.to(exact), self.scaling[adapter]
         W = W.to(exact)
         with without_autocast(W):
             cross, low_rank = (W @ A.t() * B).sum(1), (B @ (A @ A.t()) * B).sum(1)
             square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
-        return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter])
+        return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter].value)
 
     def _magnitude_over_norms(self, name: str) -> torch.Tensor:
         """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(1, I, ...)`.
 
         No gradient passes through the norms, as in PEFT.
         """
-        return self.lora_magnitude[name] / self._norms(name)
+        return self.lora_magnitude[name].value / self._norms(name)
 
     def _with_magnitude_in(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         """Multiply a weight in the layout of W by DoRA's factor."""
@@ -192,7 +230,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if self.residual[name] and self._keeps_shape:
             y = y + x
         if name in self.lora_norm_weight:
-            weight, bias = self.lora_norm_weight[name].to(y.dtype), self.lora_norm_bias[name].to(y.dtype)
+            weight, bias = (held[name].value.to(y.dtype) for held in (self.lora_norm_weight, self.lora_norm_bias))
             y = F.layer_norm(y, (y.shape[-1],), weight, bias)
         return y
 

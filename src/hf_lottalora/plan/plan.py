@@ -139,6 +139,11 @@ class Plan:
         """The tensors of the base model that the artifact contains, by path."""
         return {tensor.path: tensor for tensor in self.tensors if tensor.saved}
 
+    def trains_as(self, other: Plan) -> bool:
+        """Whether the two have adapters and trained tensors of the same places and sizes."""
+        mine, its = ({tensor.path for tensor in plan.with_role("trained")} for plan in (self, other))
+        return self.adapters == other.adapters and mine == its
+
     @property
     def adapter_parameters(self) -> int:
         """Trainable parameters in A, B and beta ("internal" in the paper's tables)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..artifact.manifest import check_scaffold, check_shapes, check_state_dict
 from ..config import LottaLoraConfig
 from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
-from ..layers.layer import ScaffoldLayer
+from ..layers.layer import DECAYED, UNDECAYED, ScaffoldLayer
 from ..layers.linear import ScaffoldLinear
 from ..paths import owner_of
 from ..plan.initialization import untouched_rng
@@ -92,6 +92,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     ) -> None:
         """Plan, validate, draw, then let PEFT inject the adapters.
 
+        With the very config object of an adapter that is there, as TRL makes the reference of DPO, a copy of it. TRL
+        copies what has the adapter's name; trained tensors have the base model's.
+
         Raises:
             ValueError: the plan is impossible, or another scaffold than the model's is asked for. The model is then
                 as it was.
@@ -101,7 +104,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                 "LottaLoRA adapters are placed by their config; injecting by a state_dict is not supported."
             )
         config = self.peft_config[adapter_name]
-        _check_adapter_name(adapter_name, model)
+        _check_adapter_name(adapter_name, model, self.plans)
         first = self.survey is None
         if first and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
@@ -120,6 +123,12 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         if config._artifact_shapes is not None:
             check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")
 
+        values_follow = low_cpu_mem_usage or _weights_follow()  # from a file
+        same = (
+            name for name, other in self.plans.items() if self.peft_config[name] is config and plan.trains_as(other)
+        )
+        copied = None if values_follow else next(same, None)
+
         # From here on the model changes.
         if first:
             if config.scaffold_digests is None:  # an artifact that is loaded was made over this base on purpose
@@ -131,12 +140,15 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config._plan = self.plans[adapter_name] = plan
         # Also where it is None: PEFT's task classes would fill it later, and wrap the head once more.
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
-        self.trained.add(model, adapter_name, plan, start=not (low_cpu_mem_usage or _weights_follow()))
+        self.trained.add(model, adapter_name, plan, start=not values_follow)
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
         with untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         config.target_modules = requested
         self._finish_adapters(model, adapter_name, plan, config)
+        if copied is not None:
+            for mine, its in zip(self._parameters_of(adapter_name), self._parameters_of(copied), strict=True):
+                mine.data = its.data.clone()  # also its dtype
         self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
 
     @staticmethod
@@ -175,7 +187,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
-            if not layer.lora_beta[adapter_name].is_meta:
+            if not layer.lora_beta[adapter_name].value.is_meta:
                 path = names[f"{adapter.path}.weight"].removesuffix(".weight")
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
 
@@ -208,6 +220,13 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """Enable or disable gradients on adapters and their trained tensors."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._set_trained_grad([adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
+
+    def _parameters_of(self, adapter_name: str) -> Iterator[torch.Tensor]:
+        """All of one adapter, in an order that its plan decides."""
+        for module in self.model.modules():
+            if isinstance(module, ScaffoldLayer):
+                yield from module.adapter_parameters(adapter_name)
+        yield from self.trained.parameters_of(self.model, adapter_name).values()
 
     def _set_trained_grad(self, adapters: list[str], requires_grad: bool) -> None:
         for name in adapters:
@@ -276,11 +295,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
         config._other_dtypes = other_dtypes(tuner.model, config._saved_dtype)
         selected = {MANIFEST_KEY: plan.manifest()}
-        for adapter in plan.adapters:
-            for name in adapter.shapes:
-                kind, _, weight = name.partition(".")
-                key = PREFIX + ".".join(filter(None, (adapter.path, kind, adapter_name, weight)))
-                selected[key] = state_dict[key]
+        live = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in state_dict}
+        keys = [live[saved_key(f"{adapter.path}.{name}")] for adapter in plan.adapters for name in adapter.shapes]
+        selected.update({key: state_dict[key] for key in keys})
         selected.update(
             {saved_key(path): tuner.base.saved_value(path, adapter_name, state_dict) for path in plan.saved}
         )
@@ -289,6 +306,13 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         }
         check_shapes(plan, shapes, "The model", "Change a model (its vocabulary, say) before get_peft_model.")
         return _Complete(selected)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As PEFT's; of an `AdapterTensor` the parameter's own name goes too. PEFT inverts this when it loads."""
+        stem = key.rpartition(".")[0]
+        own = stem.endswith(tuple(f".{kind}.{adapter_name}" for kind in ScaffoldLayer.own_tensors))
+        return super()._remove_adapter_name_from_key(stem if own else key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -336,7 +360,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """
         name = self._known(adapter_name)
         return {
-            path: layer.lora_beta[name].item()
+            path: layer.lora_beta[name].value.item()
             for path, layer in self.model.named_modules()
             if isinstance(layer, ScaffoldLayer) and name in layer.lora_beta
         }
@@ -364,12 +388,10 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         return [PREFIX + name for name, parameter in named if id(parameter) in drawn]
 
 
-def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+def _check_adapter_name(adapter_name: str, model: nn.Module, adapters: Iterable[str]) -> None:
     # PEFT takes an adapter's name out of keys by matching path segments.
-    segments = {segment for name in model.state_dict() for segment in name.split(".")}
-    if adapter_name in segments - {"default"} and not any(
-        f".{adapter_name}" in name for name in model.state_dict() if "lora_" in name
-    ):
+    segments = {segment for name in model.state_dict() for segment in name.split(".")} | {UNDECAYED, DECAYED}
+    if adapter_name in segments - {"default", *adapters}:
         raise ValueError(
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "
             "two could not be told apart in a saved file. Choose another adapter_name."
