@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from peft import LoraConfig
 from peft.utils import PeftType
+from torch import nn
 
 from .options import (
     REFUSED,
@@ -213,6 +214,7 @@ class LottaLoraConfig(LoraConfig):
         self.peft_type = PeftType.LOTTALORA  # type: ignore[attr-defined]
         # Set when the config is used and when its adapter's tensors are collected; read when it is saved.
         self._plan: Any = None
+        self._custom_modules = {nn.Module: _refuse_lora_tuner}  # asked by PEFT's LoraModel, not by ours
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
         self._artifact_architecture: dict[str, Any] | None = None
         self._saved_dtype: torch.dtype | None = None
@@ -294,6 +296,13 @@ class LottaLoraConfig(LoraConfig):
         LoraConfig.save_pretrained(saved, str(save_directory), **kwargs)
         if self._plan is not None:
             artifact_files.complete_artifact(self._plan, save_directory, self._saved_dtype)
+
+
+def _refuse_lora_tuner(*args: Any, **kwargs: Any) -> nn.Module:
+    raise ValueError(
+        "A LottaLoRA adapter was given to PEFT's LoRA tuner, which draws no scaffold. Use get_peft_model, or "
+        "PeftModel.from_pretrained for an artifact."
+    )
 
 
 def _field_list() -> str:

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..config import LottaLoraConfig
 from ..scaffold.tensor import ScaffoldTensor
 from .functional import without_autocast
 
@@ -63,6 +64,11 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     _unmerged_weight: torch.Tensor | None = None
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        if not isinstance(config, LottaLoraConfig):
+            raise ValueError(
+                f"A {type(config).__name__} would put its adapter into the layers of a LottaLoRA model. Call "
+                "merge_and_unload() or unload() on that model first."
+            )
         if "lora_beta" not in self._modules:
             for kind in self.own_tensors:
                 self.register_module(kind, nn.ModuleDict())
@@ -117,6 +123,10 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
         """None: PEFT's variants would bypass beta. What there is of DoRA is here."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: `(beta - 1) W` is of full rank, and what is trained beside the layers would be left out."""
+        return False
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Nothing: the tuner draws A and B from the stream, by name (`init_adapter`)."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..paths import clean_modules, owner_of
+from .bases import check_unwrapped
 from .initialization import InitialValue, architecture_init
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "parameter", "buffer"]
@@ -118,8 +119,9 @@ def survey_model(model: nn.Module) -> Survey:
     """Survey a model that carries no adapter yet. Changes nothing; the global random state stays as it is.
 
     Raises:
-        ValueError: two tensors would have the same canonical name.
+        ValueError: two tensors would have the same canonical name, or a module is wrapped, see `check_unwrapped`.
     """
+    check_unwrapped(model)
     paths: dict[int, list[str]] = {}
     owners: dict[int, tuple[nn.Module, str]] = {}
     for module_path, module in clean_modules(model):
