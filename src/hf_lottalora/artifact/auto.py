@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from peft import PeftModel
 from transformers import AutoConfig
-from transformers.initialization import no_init_weights
 
 from ..config import LottaLoraConfig
 from ..paths import owner_of
 from ..residency.forms import Residency, check_residency
 from .files import HUB_OPTIONS, locate
+from .hollow import BUILDING, hollow
 from .loaders import builds, loader_of
 
 
@@ -41,7 +40,9 @@ class _AutoLottaLora:
         residency: Residency | None = None,
         **hub_kwargs: Any,
     ) -> PeftModel:
-        """Rebuild the model that `save_pretrained` wrote, to the bit.
+        """Rebuild the model that `save_pretrained` wrote, to the bit. Several threads may do so at once.
+
+        Where the model's dtype is not torch's default one, transformers sets that for a moment, for every thread.
 
         Args:
             path: the artifact's folder, or a hub repository id.
@@ -85,7 +86,7 @@ class _AutoLottaLora:
         dtype = _dtype(dtype) or architecture.dtype or torch.float32
         if config.redraw == "all" or config.save_kept:
             # Buffers must be real: rotary and position tables have no other source. Weights are drawn or read later.
-            with init_empty_weights(include_buffers=False), no_init_weights():
+            with hollow():
                 model = cls._auto_class.from_config(architecture, dtype=dtype, **attention)
             for tensor_path, other in (config.other_dtypes or {}).items() if dtype == architecture.dtype else ():
                 owner, name = owner_of(model, tensor_path)
@@ -101,20 +102,21 @@ class _AutoLottaLora:
                     f"{path} keeps pretrained weights (redraw={config.redraw!r}) but names no base model. Load that "
                     "model yourself and use PeftModel.from_pretrained(model, path)."
                 )
-            model = cls._auto_class.from_pretrained(
-                config.base_model_name_or_path,
-                revision=config.revision,
-                config=architecture,
-                dtype=dtype,
-                **attention,
-            )
+            with BUILDING:
+                model = cls._auto_class.from_pretrained(
+                    config.base_model_name_or_path,
+                    revision=config.revision,
+                    config=architecture,
+                    dtype=dtype,
+                    **attention,
+                )
+        config._values_follow = True  # PEFT's low_cpu_mem_usage would patch torch for every thread
         peft_model = PeftModel.from_pretrained(
             model,
             path,
             adapter_name=adapter_name,
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=True,  # no starting values for what the artifact has
             torch_device="cpu",
             config=config,
             **hub_kwargs,

@@ -22,7 +22,7 @@ from ..layers.embedding import ScaffoldEmbedding, TiedHead
 from ..layers.layer import ScaffoldLayer
 from ..layers.linear import ScaffoldLinear
 from ..paths import owner_of
-from ..plan.initialization import untouched_rng
+from ..plan.initialization import PrivateRandomness
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan, saved_key
 from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
@@ -131,12 +131,14 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config._plan = self.plans[adapter_name] = plan
         # Also where it is None: PEFT's task classes would fill it later, and wrap the head once more.
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
-        self.trained.add(model, adapter_name, plan, start=not (low_cpu_mem_usage or _weights_follow()))
+        start = not (config._values_follow or low_cpu_mem_usage or _weights_follow())
+        config._values_follow = False  # the config may be used for another model
+        self.trained.add(model, adapter_name, plan, start)
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
-        with untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
+        with PrivateRandomness():  # nn.Linear's constructor draws, even where its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         config.target_modules = requested
-        self._finish_adapters(model, adapter_name, plan, config)
+        self._finish_adapters(model, adapter_name, plan, config, start)
         self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
 
     @staticmethod
@@ -163,7 +165,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         layer.fan_in_fan_out = layer.is_target_conv_1d_layer = isinstance(target, Conv1D)
         return layer
 
-    def _finish_adapters(self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig) -> None:
+    def _finish_adapters(
+        self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig, start: bool
+    ) -> None:
         names = {tensor.path: tensor.name for tensor in plan.tensors}
         for adapter in plan.adapters:
             layer: Any = model.get_submodule(adapter.path)
@@ -175,7 +179,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
-            if not layer.lora_beta[adapter_name].is_meta:
+            if start:
                 path = names[f"{adapter.path}.weight"].removesuffix(".weight")
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
 
