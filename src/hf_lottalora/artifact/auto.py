@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from transformers import AutoConfig
 
@@ -19,8 +18,8 @@ from .hollow import BUILDING, hollow
 from .loaders import builds, loader_of
 
 
-class _AutoLottaLora:
-    """`from_pretrained(path)` for one kind of head. Not to be instantiated."""
+class AutoLottaLora:
+    """`from_pretrained(path)` for one kind of head, see `auto_classes`. Not to be instantiated."""
 
     _auto_class: Any
 
@@ -72,8 +71,8 @@ class _AutoLottaLora:
         if unknown:
             raise TypeError(
                 f"{cls.__name__}.from_pretrained does not take {unknown}. {instead_of(unknown)}The architecture and "
-                "the adapter's options come from the artifact; besides dtype, device, attn_implementation and residency "
-                f"it takes subfolder, {', '.join(HUB_OPTIONS)}."
+                "the adapter's options come from the artifact; besides dtype, device, attn_implementation and "
+                f"residency it takes subfolder, {', '.join(HUB_OPTIONS)}."
             )
         dtype, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
@@ -125,6 +124,7 @@ class _AutoLottaLora:
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
             torch_device="cpu",
+            key_mapping={},  # of older transformers' checkpoints: an artifact's names are those of the model
             config=config,
             **hub_kwargs,
         )
@@ -138,45 +138,3 @@ class _AutoLottaLora:
         loader = loader_of(architecture, saved)
         advice = f"Use {loader}." if loader else f"Build the {saved} yourself and use PeftModel.from_pretrained."
         raise ValueError(f"{path} is a {saved}, which {cls.__name__} does not build. {advice}")
-
-
-class AutoLottaLoraModel(_AutoLottaLora):
-    """Any architecture without a head (`transformers.AutoModel`)."""
-
-    _auto_class = transformers.AutoModel
-
-
-class AutoLottaLoraModelForCausalLM(_AutoLottaLora):
-    """Causal language models."""
-
-    _auto_class = transformers.AutoModelForCausalLM
-
-
-class AutoLottaLoraModelForSeq2SeqLM(_AutoLottaLora):
-    """Encoder-decoder language models."""
-
-    _auto_class = transformers.AutoModelForSeq2SeqLM
-
-
-class AutoLottaLoraModelForSequenceClassification(_AutoLottaLora):
-    """Text classification and regression."""
-
-    _auto_class = transformers.AutoModelForSequenceClassification
-
-
-class AutoLottaLoraModelForTokenClassification(_AutoLottaLora):
-    """Token classification."""
-
-    _auto_class = transformers.AutoModelForTokenClassification
-
-
-class AutoLottaLoraModelForQuestionAnswering(_AutoLottaLora):
-    """Extractive question answering."""
-
-    _auto_class = transformers.AutoModelForQuestionAnswering
-
-
-class AutoLottaLoraModelForImageClassification(_AutoLottaLora):
-    """Image classification."""
-
-    _auto_class = transformers.AutoModelForImageClassification
