@@ -19,15 +19,8 @@ from ._registry import register as _register
 
 _register()
 
-from .artifact.auto import (  # noqa: E402
-    AutoLottaLoraModel,
-    AutoLottaLoraModelForCausalLM,
-    AutoLottaLoraModelForImageClassification,
-    AutoLottaLoraModelForQuestionAnswering,
-    AutoLottaLoraModelForSeq2SeqLM,
-    AutoLottaLoraModelForSequenceClassification,
-    AutoLottaLoraModelForTokenClassification,
-)
+from .artifact import auto_classes as _auto_classes  # noqa: E402
+from .artifact.auto_classes import *  # noqa: E402, F403
 from .config import LottaLoraConfig  # noqa: E402
 from .experiments.beta_report import BetaCallback, BetaReport, beta_report  # noqa: E402
 from .experiments.cost_report import CostReport, cost_report  # noqa: E402
@@ -45,13 +38,6 @@ from .tuner.model import LottaLoraModel  # noqa: E402
 __all__ = [
     "FAMILIES",
     "FORMAT_VERSION",
-    "AutoLottaLoraModel",
-    "AutoLottaLoraModelForCausalLM",
-    "AutoLottaLoraModelForImageClassification",
-    "AutoLottaLoraModelForQuestionAnswering",
-    "AutoLottaLoraModelForSeq2SeqLM",
-    "AutoLottaLoraModelForSequenceClassification",
-    "AutoLottaLoraModelForTokenClassification",
     "BetaCallback",
     "BetaReport",
     "CostReport",
@@ -73,3 +59,4 @@ __all__ = [
     "parameter_groups",
     "register_family",
 ]
+__all__ += _auto_classes.__all__

@@ -22,7 +22,7 @@ from ..layers.embedding import ScaffoldEmbedding, TiedHead
 from ..layers.layer import DECAYED, UNDECAYED, ScaffoldLayer
 from ..layers.linear import ScaffoldLinear
 from ..paths import owner_of
-from ..plan.initialization import untouched_rng
+from ..plan.initialization import PrivateRandomness
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan, saved_key
 from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
@@ -123,11 +123,11 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         if config._artifact_shapes is not None:
             check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")
 
-        values_follow = low_cpu_mem_usage or _weights_follow()  # from a file
+        start = not (config._values_follow or low_cpu_mem_usage or _weights_follow())  # else a file has the values
         same = (
             name for name, other in self.plans.items() if self.peft_config[name] is config and plan.trains_as(other)
         )
-        copied = None if values_follow else next(same, None)
+        copied = next(same, None) if start else None
 
         # From here on the model changes.
         if first:
@@ -140,12 +140,13 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config._plan = self.plans[adapter_name] = plan
         # Also where it is None: PEFT's task classes would fill it later, and wrap the head once more.
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
-        self.trained.add(model, adapter_name, plan, start=not values_follow)
+        config._values_follow = False  # the config may be used for another model
+        self.trained.add(model, adapter_name, plan, start)
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
-        with untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
+        with PrivateRandomness():  # nn.Linear's constructor draws, even where its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         config.target_modules = requested
-        self._finish_adapters(model, adapter_name, plan, config)
+        self._finish_adapters(model, adapter_name, plan, config, start)
         if copied is not None:
             for mine, its in zip(self._parameters_of(adapter_name), self._parameters_of(copied), strict=True):
                 mine.data = its.data.clone()  # also its dtype
@@ -175,7 +176,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         layer.fan_in_fan_out = layer.is_target_conv_1d_layer = isinstance(target, Conv1D)
         return layer
 
-    def _finish_adapters(self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig) -> None:
+    def _finish_adapters(
+        self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig, start: bool
+    ) -> None:
         names = {tensor.path: tensor.name for tensor in plan.tensors}
         for adapter in plan.adapters:
             layer: Any = model.get_submodule(adapter.path)
@@ -187,7 +190,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
-            if not layer.lora_beta[adapter_name].value.is_meta:
+            if start:
                 path = names[f"{adapter.path}.weight"].removesuffix(".weight")
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
 
