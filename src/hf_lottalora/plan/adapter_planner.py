@@ -17,6 +17,7 @@ from .survey import Survey, SurveyedModule
 from .targets import ATTENTION_PROJECTIONS, WEIGHT_IS_READ
 
 ADAPTED_HEADS = ("lora", "lora_bias")
+_LARGEST = 2**31  # elements of one tensor of an adapter; more is a slip of the pen
 
 
 def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> list[PlannedAdapter]:
@@ -39,9 +40,14 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
                 )
             adapters.append(_adapter(module, config, "linear", "conv"))
     if not adapters:
+        narrowed = [
+            f" with {name}={_shown(value)!r}"
+            for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
+            if (value := getattr(config, name)) is not None
+        ]
         raise ValueError(
-            f"target_modules={_shown(config.target_modules)} matches no linear layer or convolution of "
-            f"{survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
+            f"target_modules={_shown(config.target_modules)}{','.join(narrowed)} matches no linear layer or "
+            f"convolution of {survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
         )
     for tensor in survey.tensors:
         shared = [a.path for a in adapters if f"{a.path}.weight" in tensor.aliases]
@@ -108,7 +114,15 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
     sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
     kind = cast(AdapterKind, module.kind)
     beta: bool = by_pattern(config, "train_beta_pattern", module.path, config.train_beta)
-    return PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual)
+    adapter = PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual)
+    largest = max(map(math.prod, adapter.shapes.values()))
+    if largest > _LARGEST:
+        option = "rank_pattern" if rank != config.r else "r"
+        raise ValueError(
+            f"{option}: rank {rank} over {module.path!r} would make a tensor of {largest:,} elements, more than "
+            f"{_LARGEST:,}. No rank above {min(module.in_features, module.out_features)} adds anything there."
+        )
+    return adapter
 
 
 def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:

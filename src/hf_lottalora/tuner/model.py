@@ -113,6 +113,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         if not first:
             check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
         check_loadable(model, plan)
+        _check_task(model, config)
         plan.kept_digests.update(self.base.kept_digests(plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, plan.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
@@ -373,6 +374,15 @@ def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
         raise ValueError(
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "
             "two could not be told apart in a saved file. Choose another adapter_name."
+        )
+
+
+def _check_task(model: nn.Module, config: LottaLoraConfig) -> None:
+    # PEFT's classes for these tasks ask for this method only after the adapters are in.
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"task_type={str(config.task_type)!r} is for models that generate, and {type(model).__name__} has no "
+            "prepare_inputs_for_generation. Pass the model's own task_type, or None."
         )
 
 
