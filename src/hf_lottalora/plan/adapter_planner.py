@@ -33,6 +33,11 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
         if (module.path in targets and not whole) or (
             module.in_head and config.head in ADAPTED_HEADS and module.kind == "linear" and not whole
         ):
+            if len(module.places) > 1:
+                raise ValueError(
+                    f"{module.path!r} is one module in several places ({', '.join(module.places)}): an adapter would "
+                    "take one of them, and miss the others. Leave it out of target_modules, or give each its own."
+                )
             if _weight_is_read(module, survey):
                 raise ValueError(
                     f"target_modules matches {module.path!r}, whose weight {survey.class_name} reads without calling "
@@ -51,7 +56,7 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
         )
     for tensor in survey.tensors:
         shared = [a.path for a in adapters if f"{a.path}.weight" in tensor.aliases]
-        if shared and len(tensor.aliases) > 1 and not tensor.tied_head:
+        if shared and len(tensor.holders) > 1 and not tensor.tied_head:
             raise ValueError(
                 f"{shared[0]!r} shares its weight ({', '.join(tensor.aliases)}): an adapter on one place would change "
                 "the other, or miss it. Leave it out of target_modules."
@@ -77,7 +82,8 @@ def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapte
             "embeddings='train' or 'frozen'."
         )
     users = next(t.aliases for t in survey.tensors if f"{module.path}.weight" in t.aliases)
-    others = [m.path for m in survey.modules if m.kind == "embedding" and f"{m.path}.weight" in users]
+    tied = [m for m in survey.modules if f"{m.path}.weight" in users]
+    others = [place for m in tied if m.kind == "embedding" or len(m.places) > 1 for place in m.places]
     if len(others) > 1:
         raise ValueError(
             f"embeddings='lora' is not supported for {survey.class_name}: its token embedding is looked up through "
@@ -144,7 +150,7 @@ def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
             and not _weight_is_read(m, survey)
             and not (isinstance(config.exclude_modules, str) and re.fullmatch(config.exclude_modules, m.path))
         }
-    return {m.path for m in survey.modules if check_target_module_exists(config, m.path)}
+    return {m.path for m in survey.modules if any(check_target_module_exists(config, place) for place in m.places)}
 
 
 def _weight_is_read(module: SurveyedModule, survey: Survey) -> bool:

@@ -316,7 +316,10 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # With low_cpu_mem_usage these very tensors are installed. In the file's dtype the model would compute otherwise
         # than without; as they lie in a file they are not aligned, on which the rounding of products depends.
-        live = model.state_dict()
+        live = model.state_dict(keep_vars=True)
+        found = {id(live[key]): value for key, value in remapped.items() if key in live}
+        # What lies in a module that stands in several places has several keys, of which PEFT would miss some.
+        remapped.update({key: found[id(tensor)] for key, tensor in live.items() if id(tensor) in found})
         return {key: value.to(live[key].dtype, copy=True) if key in live else value for key, value in remapped.items()}
 
     # ---- looking --------------------------------------------------------------------------------------------------
