@@ -111,6 +111,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
         plan = plan_from_survey(survey, config)
         if not first:
+            self.base.check_shapes(self.first_plan)
             check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
         check_loadable(model, plan)
         _check_task(model, config)
@@ -190,14 +191,14 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         owner = None if self._layers_disabled else self.trained.owner_among(names)
-        self.trained.check_installable(owner)
+        self.trained.check_installable(self.model, owner)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
         self._restore_residency()  # PEFT has unmerged layers, and base values are back where trained copies stood
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        self.trained.check_installable(self.trained.owner_among(self.active_adapters) if enabled else None)
+        self.trained.check_installable(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._layers_disabled = not enabled
         super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
@@ -226,7 +227,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its trained tensors; another one becomes active if it was."""
-        self.trained.check_removable(adapter_name)
+        self.trained.check_removable(self.model, adapter_name)
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self.trained.remove(self.model, adapter_name)
@@ -273,6 +274,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     ) -> dict[str, torch.Tensor]:
         tuner = tuner_of(model)
         plan = config._plan = tuner.plans[adapter_name]  # the config may have been used for another model since
+        tuner.base.check_shapes(plan)
         tuner.base.verify_unsaved(plan)
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
         config._other_dtypes = other_dtypes(tuner.model, config._saved_dtype)
@@ -302,6 +304,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """Every way of loading passes here: check all of it, then fill trained and kept tensors; PEFT does the rest."""
         tuner = tuner_of(model)
         plan = tuner.plans[adapter_name]
+        tuner.base.check_shapes(plan)
         check_state_dict(plan, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
