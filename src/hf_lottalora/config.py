@@ -6,7 +6,8 @@ import dataclasses
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from peft import LoraConfig
@@ -20,11 +21,11 @@ from .options import (
     Magnitude,
     Redraw,
     TrainOrFrozen,
-    check_choices,
     check_format,
-    check_numbers,
     check_patterns,
     check_refused,
+    check_scale,
+    check_types,
 )
 from .residency.forms import Residency, check_residency
 from .scaffold.draw import GENERATOR, check_seed
@@ -60,7 +61,8 @@ class LottaLoraConfig(LoraConfig):
 
     Raises:
         TypeError: `seed` or `adapter_seed` is missing or not an integer.
-        ValueError: a value is out of range, or an option makes no sense over a random scaffold; the message names it.
+        ValueError: a value is of another type or out of range, or an option makes no sense over a random scaffold; the
+            message names it.
 
     Example:
         >>> from hf_lottalora import LottaLoraConfig
@@ -210,6 +212,10 @@ class LottaLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         from_file = getattr(self, "peft_type", None) is not None
+        self._check_types()
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+            if isinstance(value := getattr(self, name), (set, tuple)):  # PEFT knows lists, and makes sets of some
+                setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
         super().__post_init__()
         self.peft_type = PeftType.LOTTALORA  # type: ignore[attr-defined]
         # Set when the config is used and when its adapter's tensors are collected; read when it is saved.
@@ -233,17 +239,7 @@ class LottaLoraConfig(LoraConfig):
             self.adapter_seed = check_seed(self.adapter_seed, "adapter_seed")
         if self.scale is None:
             self.scale = get_family(self.family).scale_rule
-        values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
-        check_choices(values)
-        check_patterns(values)
-        check_residency(self.residency, {self.family, *self.family_pattern.values()})
-        check_numbers(values)
-        extras = [name for name in ("use_dora", "layer_norm", "residual") if getattr(self, name)]
-        if extras and self.embeddings == "lora":
-            raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
-        if self.dora_magnitude != "outputs" and not self.use_dora:
-            raise ValueError(f"dora_magnitude={self.dora_magnitude!r} needs use_dora=True.")
-        check_refused(values)
+        self.check()
         if self.family == "zero" and self.init_lora_weights is True and not from_file:
             warnings.warn(
                 "family='zero' with B = 0 passes nothing on, and no gradient back: most adapters will not learn. Pass "
@@ -251,6 +247,30 @@ class LottaLoraConfig(LoraConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _check_types(self) -> dict[str, Any]:
+        values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+        check_refused(values)
+        check_types(values, _hints())
+        return values
+
+    def check(self) -> None:
+        """Whether all fields fit, alone and together: when a config is made, and again when it is used.
+
+        Raises:
+            TypeError, ValueError: as the class.
+        """
+        values = self._check_types()
+        check_seed(self.seed)
+        check_seed(self.effective_adapter_seed, "adapter_seed")
+        check_scale(values)
+        check_patterns(values)
+        check_residency(self.residency, {self.family, *self.family_pattern.values()})
+        extras = [name for name in ("use_dora", "layer_norm", "residual") if getattr(self, name)]
+        if extras and self.embeddings == "lora":
+            raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
+        if self.dora_magnitude != "outputs" and not self.use_dora:
+            raise ValueError(f"dora_magnitude={self.dora_magnitude!r} needs use_dora=True.")
 
     @property
     def effective_adapter_seed(self) -> int:
@@ -304,6 +324,11 @@ def _refuse_lora_tuner(*args: Any, **kwargs: Any) -> nn.Module:
         "A LottaLoRA adapter was given to PEFT's LoRA tuner, which draws no scaffold. Use get_peft_model, or "
         "PeftModel.from_pretrained for an artifact."
     )
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(LottaLoraConfig)
 
 
 def _field_list() -> str:

@@ -17,6 +17,7 @@ from .survey import Survey, SurveyedModule
 from .targets import ATTENTION_PROJECTIONS, WEIGHT_IS_READ
 
 ADAPTED_HEADS = ("lora", "lora_bias")
+_LARGEST = 2**31  # elements of one tensor of an adapter; more is a slip of the pen
 
 
 def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> list[PlannedAdapter]:
@@ -32,6 +33,11 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
         if (module.path in targets and not whole) or (
             module.in_head and config.head in ADAPTED_HEADS and module.kind == "linear" and not whole
         ):
+            if len(module.places) > 1:
+                raise ValueError(
+                    f"{module.path!r} is one module in several places ({', '.join(module.places)}): an adapter would "
+                    "take one of them, and miss the others. Leave it out of target_modules, or give each its own."
+                )
             if _weight_is_read(module, survey):
                 raise ValueError(
                     f"target_modules matches {module.path!r}, whose weight {survey.class_name} reads without calling "
@@ -39,13 +45,18 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
                 )
             adapters.append(_adapter(module, config, "linear", "conv"))
     if not adapters:
+        narrowed = [
+            f" with {name}={_shown(value)!r}"
+            for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
+            if (value := getattr(config, name)) is not None
+        ]
         raise ValueError(
-            f"target_modules={_shown(config.target_modules)} matches no linear layer or convolution of "
-            f"{survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
+            f"target_modules={_shown(config.target_modules)}{','.join(narrowed)} matches no linear layer or "
+            f"convolution of {survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
         )
     for tensor in survey.tensors:
         shared = [a.path for a in adapters if f"{a.path}.weight" in tensor.aliases]
-        if shared and len(tensor.aliases) > 1 and not tensor.tied_head:
+        if shared and len(tensor.holders) > 1 and not tensor.tied_head:
             raise ValueError(
                 f"{shared[0]!r} shares its weight ({', '.join(tensor.aliases)}): an adapter on one place would change "
                 "the other, or miss it. Leave it out of target_modules."
@@ -71,7 +82,8 @@ def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapte
             "embeddings='train' or 'frozen'."
         )
     users = next(t.aliases for t in survey.tensors if f"{module.path}.weight" in t.aliases)
-    others = [m.path for m in survey.modules if m.kind == "embedding" and f"{m.path}.weight" in users]
+    tied = [m for m in survey.modules if f"{m.path}.weight" in users]
+    others = [place for m in tied if m.kind == "embedding" or len(m.places) > 1 for place in m.places]
     if len(others) > 1:
         raise ValueError(
             f"embeddings='lora' is not supported for {survey.class_name}: its token embedding is looked up through "
@@ -108,7 +120,15 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
     sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
     kind = cast(AdapterKind, module.kind)
     beta: bool = by_pattern(config, "train_beta_pattern", module.path, config.train_beta)
-    return PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual)
+    adapter = PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual)
+    largest = max(map(math.prod, adapter.shapes.values()))
+    if largest > _LARGEST:
+        option = "rank_pattern" if rank != config.r else "r"
+        raise ValueError(
+            f"{option}: rank {rank} over {module.path!r} would make a tensor of {largest:,} elements, more than "
+            f"{_LARGEST:,}. No rank above {min(module.in_features, module.out_features)} adds anything there."
+        )
+    return adapter
 
 
 def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
@@ -130,7 +150,7 @@ def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
             and not _weight_is_read(m, survey)
             and not (isinstance(config.exclude_modules, str) and re.fullmatch(config.exclude_modules, m.path))
         }
-    return {m.path for m in survey.modules if check_target_module_exists(config, m.path)}
+    return {m.path for m in survey.modules if any(check_target_module_exists(config, place) for place in m.places)}
 
 
 def _weight_is_read(module: SurveyedModule, survey: Survey) -> bool:

@@ -55,6 +55,7 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
         ValueError: no module matches the targets, a target is of an unsupported type, options disagree on a tied
             tensor, a name in `modules_to_save` is not there, or the weights are quantised.
     """
+    config.check()
     extra = _modules_to_save(survey, config)
     _check_tied_options(survey, config, extra)
     adapters = plan_adapters(survey, config, extra)

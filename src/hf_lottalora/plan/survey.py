@@ -35,6 +35,8 @@ class SurveyedTensor:
     Attributes:
         path: its path in the model, without PEFT's nesting; of the input embedding where tied.
         aliases: every path it is reachable by, `path` included.
+        holders: of these, one for each module that has it. They are fewer where a module that has it, or lies above
+            that one, is in several places.
         name: canonical name, `path` without the architecture's `base_model_prefix`.
         shape, dtype: of the live tensor.
         kind: what it is, by its owner: a matrix that is multiplied with, a look-up table, a norm's affine, ...
@@ -51,6 +53,7 @@ class SurveyedTensor:
 
     path: str
     aliases: tuple[str, ...]
+    holders: tuple[str, ...]
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -72,9 +75,14 @@ class SurveyedTensor:
 
 @dataclass(frozen=True)
 class SurveyedModule:
-    """A module that owns a weight matrix or table: its path, what PEFT would wrap it as, and its sizes."""
+    """A module that owns a weight matrix or table: its path, what PEFT would wrap it as, and its sizes.
+
+    `places` are the paths of the attributes that are it, more than one where a model uses it under several names: an
+    adapter, which takes its place, would take one of them. A module above that is shared counts once.
+    """
 
     path: str
+    places: tuple[str, ...]
     kind: Literal["linear", "conv", "embedding", "other"]
     type_name: str
     in_features: int
@@ -124,13 +132,16 @@ def survey_model(model: nn.Module) -> Survey:
     check_unwrapped(model)
     paths: dict[int, list[str]] = {}
     owners: dict[int, tuple[nn.Module, str]] = {}
+    holders: dict[int, dict[tuple[int, str], str]] = {}
     for module_path, module in clean_modules(model):
         persistent = set(module._buffers) - module._non_persistent_buffers_set
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or (attribute in module._buffers and attribute not in persistent):
                 continue
-            paths.setdefault(id(tensor), []).append(f"{module_path}.{attribute}" if module_path else attribute)
+            path = f"{module_path}.{attribute}" if module_path else attribute
+            paths.setdefault(id(tensor), []).append(path)
             owners.setdefault(id(tensor), (module, attribute))
+            holders.setdefault(id(tensor), {}).setdefault((id(module), attribute), path)
 
     names = {id(module): path for path, module in reversed(list(clean_modules(model)))}
     input_embeddings = _embedding_module(model, "get_input_embeddings")
@@ -166,6 +177,7 @@ def survey_model(model: nn.Module) -> Survey:
             SurveyedTensor(
                 path=path,
                 aliases=tuple(aliases),
+                holders=tuple(holders[key].values()),
                 name=path.removeprefix(f"{base_prefix}.") if base_prefix else path,
                 shape=tuple(tensor.shape),
                 dtype=tensor.dtype,
@@ -270,6 +282,10 @@ def _fans(module: nn.Module, tensor: torch.Tensor) -> dict[str, int]:
 
 def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule]:
     seen: set[int] = set()
+    places: dict[int, list[str]] = {}
+    for path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            places.setdefault(id(child), []).append(f"{path}.{name}" if path else name)
     for path, module in clean_modules(model):
         weight = getattr(module, "weight", None)
         if id(module) in seen or not (isinstance(weight, torch.Tensor) or isinstance(module, _RECURRENT)):
@@ -290,7 +306,9 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
             kernel, groups = tuple(module.kernel_size), module.groups
         elif isinstance(module, nn.Embedding) and _looks_up_ids(module):
             kind, sizes = "embedding", (shape[0], shape[1])
-        yield SurveyedModule(path, kind, type(module).__name__, *sizes, in_head(f"{path}.weight"), kernel, groups)
+        where = tuple(places.get(id(module), (path,)))
+        head = in_head(f"{path}.weight")
+        yield SurveyedModule(path, where, kind, type(module).__name__, *sizes, head, kernel, groups)
 
 
 def _looks_up_ids(module: nn.Embedding) -> bool:

@@ -13,7 +13,7 @@ from ..paths import clean_modules, owner_of
 from ..plan.plan import PREFIX, Plan, PlannedTensor
 from ..residency.forms import Residency, VirtualWeight, resident
 from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
-from .trained import TrainedTensors
+from .trained import TrainedTensors, check_shape
 
 
 def other_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, str]:
@@ -104,8 +104,11 @@ class BaseTensors:
         """Hold the scaffold dense, packed or streamed, tensor by tensor; the values stay.
 
         Raises:
-            ValueError: a dense weight is not what the seed draws, so giving it up would change the model.
+            ValueError: a dense weight is not what the seed draws, so giving it up would change the model; or one has
+                another shape.
         """
+        if residency != "dense":
+            self.check_shapes(plan)
         bare = [tensor for tensor in plan.with_role("scaffold") if self.is_bare(tensor.path)]
         for tensor in bare if residency != "dense" else ():
             dense = not isinstance(getattr(*owner_of(self.model, tensor.path)), VirtualWeight)
@@ -122,6 +125,15 @@ class BaseTensors:
             elif can_be_virtual(self.model, tensor):
                 assert isinstance(tensor.base, ScaffoldTensor)
                 _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
+
+    def check_shapes(self, plan: Plan) -> None:
+        """Whether all tensors have the shapes that were planned for.
+
+        Raises:
+            ValueError: one has another, such as embeddings of a vocabulary that was resized later.
+        """
+        for tensor in plan.tensors:
+            check_shape(self.model, tensor.path, tensor.survey.shape)
 
     def is_bare(self, path: str) -> bool:
         """Whether the live tensor is the base model's own: nothing trained stands there, nothing is merged into it."""
@@ -160,6 +172,7 @@ class BaseTensors:
         Raises:
             ValueError: they differ.
         """
+        check_shape(self.model, path, spec.shape)
         live = getattr(*owner_of(self.model, path)).detach()
         if not (live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs)):
             raise ValueError(

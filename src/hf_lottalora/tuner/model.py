@@ -114,8 +114,10 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
         plan = plan_from_survey(survey, config)
         if not first:
+            self.base.check_shapes(self.first_plan)
             check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
         check_loadable(model, plan)
+        _check_task(model, config)
         plan.kept_digests.update(self.base.kept_digests(plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, plan.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
@@ -204,14 +206,14 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         owner = None if self._layers_disabled else self.trained.owner_among(names)
-        self.trained.check_installable(owner)
+        self.trained.check_installable(self.model, owner)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
         self._restore_residency()  # PEFT has unmerged layers, and base values are back where trained copies stood
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        self.trained.check_installable(self.trained.owner_among(self.active_adapters) if enabled else None)
+        self.trained.check_installable(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._layers_disabled = not enabled
         super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
@@ -247,7 +249,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its trained tensors; another one becomes active if it was."""
-        self.trained.check_removable(adapter_name)
+        self.trained.check_removable(self.model, adapter_name)
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self.trained.remove(self.model, adapter_name)
@@ -294,6 +296,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     ) -> dict[str, torch.Tensor]:
         tuner = tuner_of(model)
         plan = config._plan = tuner.plans[adapter_name]  # the config may have been used for another model since
+        tuner.base.check_shapes(plan)
         tuner.base.verify_unsaved(plan)
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
         config._other_dtypes = other_dtypes(tuner.model, config._saved_dtype)
@@ -328,6 +331,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """Every way of loading passes here: check all of it, then fill trained and kept tensors; PEFT does the rest."""
         tuner = tuner_of(model)
         plan = tuner.plans[adapter_name]
+        tuner.base.check_shapes(plan)
         check_state_dict(plan, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
@@ -342,7 +346,10 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # With low_cpu_mem_usage these very tensors are installed. In the file's dtype the model would compute otherwise
         # than without; as they lie in a file they are not aligned, on which the rounding of products depends.
-        live = model.state_dict()
+        live = model.state_dict(keep_vars=True)
+        found = {id(live[key]): value for key, value in remapped.items() if key in live}
+        # What lies in a module that stands in several places has several keys, of which PEFT would miss some.
+        remapped.update({key: found[id(tensor)] for key, tensor in live.items() if id(tensor) in found})
         return {key: value.to(live[key].dtype, copy=True) if key in live else value for key, value in remapped.items()}
 
     # ---- looking --------------------------------------------------------------------------------------------------
@@ -398,6 +405,15 @@ def _check_adapter_name(adapter_name: str, model: nn.Module, adapters: Iterable[
         raise ValueError(
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "
             "two could not be told apart in a saved file. Choose another adapter_name."
+        )
+
+
+def _check_task(model: nn.Module, config: LottaLoraConfig) -> None:
+    # PEFT's classes for these tasks ask for this method only after the adapters are in.
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"task_type={str(config.task_type)!r} is for models that generate, and {type(model).__name__} has no "
+            "prepare_inputs_for_generation. Pass the model's own task_type, or None."
         )
 
 

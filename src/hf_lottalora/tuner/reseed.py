@@ -138,6 +138,7 @@ class SeedSwitching:
             raise ValueError("This model has no scaffold to draw: it was made with redraw='none'.")
         if any(isinstance(module, ScaffoldLayer) and module.merged for module in self.model.modules()):
             raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
+        self.base.check_shapes(self.first_plan)
 
     def _replanned(self, config: LottaLoraConfig, old: Plan, seed: int) -> tuple[LottaLoraConfig, Plan]:
         """The config and plan for another seed; a config may be other models' too, so it is copied."""
