@@ -113,6 +113,13 @@ def test_double_backward() -> None:
     torch.testing.assert_close(*second)
 
 
+@pytest.mark.parametrize("case", ["2d groups", "2d depthwise"])
+def test_dora_with_groups_computes_with_the_kernel_that_test_options_checks(case: str) -> None:
+    _, layer = adapted(case, use_dora=True)
+    x, base = image(case), layer.base_layer
+    torch.testing.assert_close(layer(x), base._conv_forward(x, layer._summed_weight(["default"]), base.bias))
+
+
 def test_several_adapters_dropout_and_disabling() -> None:
     model, layer = adapted("2d", lora_dropout=0.5)
     x = image("2d")
@@ -169,7 +176,7 @@ def test_one_kernel_where_it_is_cheaper(channels: int, one_kernel: bool, monkeyp
 def test_what_cannot_be_adapted() -> None:
     with pytest.raises(ValueError, match=r"with groups=4: its rank must be a multiple of that, got r=6"):
         make_plan(network("2d groups"), config(r=6, target_modules=["0"]))
-    with pytest.raises(ValueError, match=r"matches '0', a ConvTranspose2d. Adapters go on nn.Linear, Conv1D and"):
+    with pytest.raises(ValueError, match=r"matches '0', a ConvTranspose2d. Adapters go on nn.Linear, Conv1D, "):
         make_plan(nn.Sequential(nn.ConvTranspose2d(8, 8, 3)), config(target_modules=["0"]))
     assert not any(a.kind == "conv" for a in make_plan(_mixed(), config(target_modules="all-linear")).adapters)
 

@@ -52,6 +52,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     own_tensors = ("lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias")
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, *own_tensors)
+    other_param_names = (*lora.LoraLayer.other_param_names, "residual")
     lora_beta: dict[str, AdapterTensor]  # each of them a ModuleDict
     lora_magnitude: dict[str, AdapterTensor]
     lora_norm_weight: dict[str, AdapterTensor]
@@ -82,9 +83,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if config.use_dora:
             W = self.get_base_layer().weight
             W = W.t() if self._weight_is_IO else W
-            per_input = config.dora_magnitude == "inputs"
-            ones = torch.ones((1, *W.shape[1:]) if per_input else len(W))
-            self.lora_magnitude[adapter_name] = AdapterTensor(ones, decayed)
+            shape = (self._groups, *W.shape[1:]) if config.dora_magnitude == "inputs" else len(W)
+            self.lora_magnitude[adapter_name] = AdapterTensor(torch.ones(shape), decayed)
         if config.layer_norm:
             self.lora_norm_weight[adapter_name] = AdapterTensor(torch.ones(self.out_features), decayed)
             self.lora_norm_bias[adapter_name] = AdapterTensor(torch.zeros(self.out_features), decayed)
@@ -98,6 +98,11 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         dtype = None if adapter_name in self._made else W.dtype
         for tensor in self.adapter_parameters(adapter_name):
             tensor.data = tensor.data.to("meta" if tensor.is_meta else device or W.device, dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; all that is kept here per adapter goes with it."""
+        self._made.discard(adapter_name)
+        super().delete_adapter(adapter_name)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Those of one adapter here, in an order that does not change."""
@@ -191,6 +196,19 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             summed = summed + (nn.init.eye_(identity) if summed.dim() == 2 else self._dirac(identity))
         return summed - original.to(exact)
 
+    def _summed_weight(self, adapters: list[str]) -> torch.Tensor:
+        """`beta W + scaling B A` of all active adapters, with DoRA's magnitude: W's shape, at least float32."""
+        weight = self.get_base_layer().weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        with without_autocast(weight):
+            total = self._total_beta(adapters).to(exact) * weight.to(exact)
+            for name in adapters:
+                A, B = (tensor.to(exact) for tensor in self._pair(name))
+                total = total + self.scaling[name] * self._product(A, B)
+            if adapters[0] in self.lora_magnitude:
+                total = self._with_magnitude_in(total, adapters[0])
+        return total
+
     def _magnitude_is_per_input(self, name: str) -> bool:
         return name in self.lora_magnitude and self.lora_magnitude[name].value.dim() > 1
 
@@ -201,17 +219,23 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         W = W.t() if self._weight_is_IO else W.flatten(1)
         exact = torch.promote_types(W.dtype, torch.float32)
         A, B = (tensor.to(exact).flatten(1) for tensor in self._pair(adapter))
+        W, A, B = (tensor.unflatten(0, (self._groups, -1)).squeeze(0) for tensor in (W, A, B))
         if self._magnitude_is_per_input(adapter):
-            W, A, B = W.t(), B.t(), A.t()
+            W, A, B = W.mT, B.mT, A.mT
         beta, s = self.lora_beta[adapter].value.to(exact), self.scaling[adapter]
         W = W.to(exact)
         with without_autocast(W):
-            cross, low_rank = (W @ A.t() * B).sum(1), (B @ (A @ A.t()) * B).sum(1)
-            square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
+            cross, low_rank = (W @ A.mT * B).sum(-1), (B @ (A @ A.mT) * B).sum(-1)
+            square = beta**2 * W.square().sum(-1) + 2 * beta * s * cross + s**2 * low_rank
         return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter].value)
 
+    @property
+    def _groups(self) -> int:
+        """Groups of a convolution: its weight is so many matrices, each of some outputs and inputs."""
+        return int(getattr(self.get_base_layer(), "groups", 1))
+
     def _magnitude_over_norms(self, name: str) -> torch.Tensor:
-        """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(1, I, ...)`.
+        """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(groups, I / groups, ...)`.
 
         No gradient passes through the norms, as in PEFT.
         """
@@ -222,6 +246,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         factor = self._magnitude_over_norms(name).to(weight.dtype)
         if not self._magnitude_is_per_input(name):
             factor = factor.view(-1, *(1 for _ in weight.shape[1:]))
+        elif self._groups > 1:
+            factor = factor.repeat_interleave(len(weight) // self._groups, dim=0)
         return weight * (factor.t() if self._weight_is_IO else factor)
 
     def _with_magnitude(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,7 +27,8 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
         ValueError: no module matches the targets, or one that cannot carry an adapter does.
     """
     targets = _target_names(survey, config)
-    adapters = []
+    targets -= {f"{m.path}.out_proj" for m in survey.modules if m.kind == "projection" and m.path in targets}
+    adapters: list[PlannedAdapter] = []
     for module in survey.modules:
         whole = under(module.path, extra) or (module.in_head and config.head not in ADAPTED_HEADS)
         if (module.path in targets and not whole) or (
@@ -43,7 +44,7 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
                     f"target_modules matches {module.path!r}, whose weight {survey.class_name} reads without calling "
                     "the module, so that an adapter would do nothing. Leave it out of target_modules."
                 )
-            adapters.append(_adapter(module, config, "linear", "conv"))
+            adapters.extend(_adapters(module, config))
     if not adapters:
         narrowed = [
             f" with {name}={_shown(value)!r}"
@@ -55,7 +56,7 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
             f"convolution of {survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
         )
     for tensor in survey.tensors:
-        shared = [a.path for a in adapters if f"{a.path}.weight" in tensor.aliases]
+        shared = [a.path for a in adapters if a.weight in tensor.aliases]
         if shared and len(tensor.holders) > 1 and not tensor.tied_head:
             raise ValueError(
                 f"{shared[0]!r} shares its weight ({', '.join(tensor.aliases)}): an adapter on one place would change "
@@ -96,10 +97,11 @@ def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapte
 def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> PlannedAdapter:
     if module.kind not in kinds:
         hint = "pass embeddings='lora' instead" if module.kind == "embedding" else "leave it out of target_modules"
+        if module.type_name == "NonDynamicallyQuantizableLinear":
+            hint = "it is part of an nn.MultiheadAttention: name that"
         raise ValueError(
-            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear, Conv1D and "
-            f"nn.Conv1d, 2d and 3d, not on classes that compute something else; "
-            f"{hint}."
+            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear, Conv1D, "
+            f"nn.Conv1d, 2d, 3d and nn.MultiheadAttention, not on classes that compute something else; {hint}."
         )
     rank: int = by_pattern(config, "rank_pattern", module.path, config.r)
     alpha: float = by_pattern(config, "alpha_pattern", module.path, config.lora_alpha)
@@ -109,9 +111,8 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
             f"{module.path!r} is a convolution with groups={module.groups}: its rank must be a multiple of that, got "
             f"r={rank}. Pass rank_pattern for it, or leave it out of target_modules."
         )
-    if module.kind == "conv" and (config.layer_norm or (config.use_dora and module.groups > 1)):
-        what = "layer_norm" if config.layer_norm else "use_dora with groups"
-        raise ValueError(f"{what} is not supported on convolutions, and {module.path!r} is one.")
+    if module.kind == "conv" and config.layer_norm:
+        raise ValueError(f"layer_norm is not supported on convolutions, and {module.path!r} is one.")
     dora = config.dora_magnitude if config.use_dora else None
     if module.kind == "conv" and dora == "inputs" and config.lora_dropout:
         raise ValueError(
@@ -129,6 +130,22 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
             f"{_LARGEST:,}. No rank above {min(module.in_features, module.out_features)} adds anything there."
         )
     return adapter
+
+
+def _adapters(module: SurveyedModule, config: LottaLoraConfig) -> Iterator[PlannedAdapter]:
+    """The adapters of one module: one, or one for each of the matrices of an `nn.MultiheadAttention`."""
+    adapter = _adapter(module, config, "linear", "conv", "projection")
+    if not module.matrices:
+        yield adapter
+    elif config.layer_norm or config.lora_dropout:
+        what = "layer_norm" if config.layer_norm else "lora_dropout"
+        raise ValueError(
+            f"{what} is not supported on nn.MultiheadAttention, whose adapters are summed into its matrices, and "
+            f"{module.path!r} is one."
+        )
+    for name, (weight, outputs, inputs) in module.matrices.items():
+        path = f"{module.path}.{name}"
+        yield replace(adapter, path=path, matrix=weight, in_features=inputs, out_features=outputs)
 
 
 def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:

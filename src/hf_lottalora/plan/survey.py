@@ -6,8 +6,8 @@ The plan is made from a survey and a config alone, so that everything can be val
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..layers.attention import projections
 from ..paths import clean_modules, owner_of
 from .bases import check_unwrapped
 from .initialization import InitialValue, architecture_init
@@ -78,18 +79,20 @@ class SurveyedModule:
     """A module that owns a weight matrix or table: its path, what PEFT would wrap it as, and its sizes.
 
     `places` are the paths of the attributes that are it, more than one where a model uses it under several names: an
-    adapter, which takes its place, would take one of them. A module above that is shared counts once.
+    adapter, which takes its place, would take one of them. A module above that is shared counts once. One that has
+    several matrices has them in `matrices`: parameter below the module, outputs and inputs by name.
     """
 
     path: str
     places: tuple[str, ...]
-    kind: Literal["linear", "conv", "embedding", "other"]
+    kind: Literal["linear", "conv", "embedding", "projection", "other"]
     type_name: str
     in_features: int
     out_features: int
     in_head: bool
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    matrices: Mapping[str, tuple[str, int, int]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,10 +295,11 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
             continue
         seen.add(id(module))
         shape = weight.shape if isinstance(weight, torch.Tensor) else torch.Size()
-        kind: Literal["linear", "conv", "embedding", "other"] = "other"
+        kind: Literal["linear", "conv", "embedding", "projection", "other"] = "other"
         kernel: tuple[int, ...] = ()
+        matrices: dict[str, tuple[str, int, int]] = {}
         sizes, groups = (0, 0), 1
-        # nn.MultiheadAttention reads its output projection's weight past forward, so an adapter there would be dead.
+        # nn.MultiheadAttention reads its output projection's weight past forward: the adapter is on the whole of it.
         past_forward = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not past_forward:
             kind, sizes = "linear", (shape[1], shape[0])
@@ -306,9 +310,14 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
             kernel, groups = tuple(module.kernel_size), module.groups
         elif isinstance(module, nn.Embedding) and _looks_up_ids(module):
             kind, sizes = "embedding", (shape[0], shape[1])
+        elif isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+            kind = "projection"
+            for name, weight in projections(module).items():
+                outputs, inputs = module.get_parameter(weight).shape
+                matrices[name] = (weight, outputs, inputs)
         where = tuple(places.get(id(module), (path,)))
         head = in_head(f"{path}.weight")
-        yield SurveyedModule(path, where, kind, type(module).__name__, *sizes, head, kernel, groups)
+        yield SurveyedModule(path, where, kind, type(module).__name__, *sizes, head, kernel, groups, matrices)
 
 
 def _looks_up_ids(module: nn.Embedding) -> bool:

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..layers.attention import ScaffoldAttention
 from ..layers.layer import ScaffoldLayer
 from ..paths import clean_modules, owner_of
 from ..plan.plan import PREFIX, Plan, PlannedTensor
@@ -181,8 +182,11 @@ class BaseTensors:
             )
 
     def _merged_layer(self, path: str) -> ScaffoldLayer | None:
-        layer = self.model.get_submodule(path.rpartition(".")[0])
-        if isinstance(layer, ScaffoldLayer) and layer.merged and path.endswith(".weight"):
+        owner, _, attribute = path.rpartition(".")
+        layer = self.model.get_submodule(owner)
+        if isinstance(layer, ScaffoldAttention):
+            layer, attribute = layer.adapted.get(attribute, layer), "weight"
+        if isinstance(layer, ScaffoldLayer) and layer.merged and attribute == "weight":
             return layer
         return None
 

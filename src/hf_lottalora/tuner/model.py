@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..artifact.architecture import check_architecture
 from ..artifact.manifest import check_scaffold, check_shapes, check_state_dict
 from ..config import LottaLoraConfig
+from ..layers.attention import ScaffoldAttention, unfuse
 from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
 from ..layers.layer import DECAYED, UNDECAYED, ScaffoldLayer
@@ -80,6 +81,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         self.trained = TrainedTensors()
         self.base = BaseTensors(model, self.trained)
         self._layers_disabled = False
+        self._unfused: list[tuple[nn.Module, str, Any]] = []
         self.plans: dict[str, Plan] = {}
 
     def inject_adapter(
@@ -149,6 +151,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         config.target_modules = requested
         self._finish_adapters(model, adapter_name, plan, config, start)
+        self._unfused.extend(unfuse(model))
         if copied is not None:
             for mine, its in zip(self._parameters_of(adapter_name), self._parameters_of(copied), strict=True):
                 mine.data = its.data.clone()  # also its dtype
@@ -157,7 +160,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     @staticmethod
     def _check_target_module_exists(peft_config: LottaLoraConfig, key: str) -> bool:
         plan = peft_config._plan
-        return plan is not None and any(a.path == key and a.kind != "tied_head" for a in plan.adapters)
+        return plan is not None and any(a.module == key and a.kind != "tied_head" for a in plan.adapters)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LottaLoraConfig) -> None:
         """Nothing to check or warn about: the plan has, and tied tensors stay one tensor."""
@@ -172,6 +175,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         kwargs = {key: kwargs[key] for key in ("r", "lora_alpha", "target_name")}
         if isinstance(target, _ConvNd):
             return ScaffoldConv(target, adapter_name, config=lora_config, **kwargs)
+        if isinstance(target, nn.MultiheadAttention):
+            return ScaffoldAttention(target, adapter_name, config=lora_config, **kwargs)
         if isinstance(target, nn.Embedding):
             return ScaffoldEmbedding(target, adapter_name, config=lora_config, **kwargs)
         layer = ScaffoldLinear(target, adapter_name, config=lora_config, **kwargs)
@@ -189,11 +194,11 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                     parent, _, child = adapter.path.rpartition(".")
                     setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))  # type: ignore[operator]
                 continue
-            layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
+            layer.scaffold = plan.scaffold.get(adapter.weight) or layer.scaffold
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
             if start:
-                path = names[f"{adapter.path}.weight"].removesuffix(".weight")
+                path = names[adapter.weight].removesuffix("weight")[:-1]
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
 
     # ---- switching ------------------------------------------------------------------------------------------------
@@ -267,6 +272,12 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             raise ValueError(
                 f"adapter_names cannot mix rows while adapters {owners} take part: each has its own copy of whole "
                 "trained tensors (head, embeddings or norms). Run them one after the other with set_adapter."
+            )
+        attention = next((p for p, m in self.model.named_modules() if isinstance(m, ScaffoldAttention)), None)
+        if names and attention is not None:
+            raise ValueError(
+                f"adapter_names is not supported with adapters on nn.MultiheadAttention, as in {attention!r}: they are "
+                "summed into its matrices, one sum for all rows. Run the adapters one after the other with set_adapter."
             )
         if names and any(isinstance(module, TiedHead) for module in self.model.modules()):
             raise ValueError(
