@@ -197,13 +197,13 @@ def test_dora_is_pefts_where_beta_is_one(base: str) -> None:
     ).to(torch.float64)
     peft = theirs.base_model.model[0]
     with torch.no_grad():
-        layer.lora_beta["default"].fill_(1)
+        layer.lora_beta["default"].value.fill_(1)
         peft.base_layer.weight.copy_(layer.base_layer.weight)
         peft.base_layer.bias.copy_(layer.base_layer.bias)
         peft.lora_A["default"].weight.copy_(layer.lora_A["default"].weight)
         peft.lora_B["default"].weight.copy_(layer.lora_B["default"].weight)
         magnitude = peft.lora_magnitude_vector["default"].weight
-        magnitude.copy_(layer.lora_magnitude["default"].view_as(magnitude))
+        magnitude.copy_(layer.lora_magnitude["default"].value.view_as(magnitude))
     torch.testing.assert_close(model(x), theirs(x), rtol=1e-10, atol=1e-10)
 
 

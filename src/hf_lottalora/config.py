@@ -51,6 +51,10 @@ class ArtifactFiles(Protocol):
 artifact_files: ArtifactFiles = None  # type: ignore[assignment]
 
 
+class DefaultTargets(set[str]):
+    """What was chosen for a config without `target_modules`, where PEFT wants to see names; it goes on meaning None."""
+
+
 @dataclass
 class LottaLoraConfig(LoraConfig):
     """Configuration of a LottaLoRA adapter: `h = beta * W_seed h + scaling * B A h` (paper section 1).
@@ -195,6 +199,13 @@ class LottaLoraConfig(LoraConfig):
     lottalora_version: str | None = field(
         default=None, metadata={"help": "hf_lottalora version that wrote the file, filled in."}
     )
+    resolved_targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Paths of the layers that carry adapters; written on save. A file that has them means these, "
+            "whatever target_modules would mean in a later version."
+        },
+    )
     scaffold_digests: dict[str, str] | None = field(
         default=None,
         metadata={"help": "Digest of each drawn tensor by canonical name; written on save, checked on load."},
@@ -311,6 +322,9 @@ class LottaLoraConfig(LoraConfig):
         recorded: dict[str, Any] = {}
         if self._plan is not None:
             recorded = {**self._plan.recorded_digests(), "other_dtypes": self._other_dtypes}
+            recorded["resolved_targets"] = list(self._plan.targets)
+        if isinstance(self.target_modules, DefaultTargets):
+            recorded["target_modules"] = None
         if self.redraw == "all":
             self.base_model_name_or_path = None  # nothing of it survives
         saved = dataclasses.replace(self, **recorded, lottalora_version=_package_version())

@@ -3,58 +3,64 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
-
-from peft.tuners.tuners_utils import check_target_module_exists
+from typing import cast
 
 from ..config import LottaLoraConfig
 from .patterns import by_pattern, under
 from .plan import AdapterKind, PlannedAdapter
 from .survey import Survey, SurveyedModule
-from .targets import ATTENTION_PROJECTIONS, WEIGHT_IS_READ
+from .targets import Targets, check_choice, choose_targets, layers_there_are, near
 
 ADAPTED_HEADS = ("lora", "lora_bias")
 _LARGEST = 2**31  # elements of one tensor of an adapter; more is a slip of the pen
 
 
-def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> list[PlannedAdapter]:
-    """Every adapter; `extra` are the paths that `modules_to_save` trains as a whole.
+def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> tuple[list[PlannedAdapter], Targets]:
+    """Every adapter, and which modules were chosen; `extra` are the paths that `modules_to_save` trains as a whole.
 
     Raises:
         ValueError: no module matches the targets, or one that cannot carry an adapter does.
     """
-    targets = _target_names(survey, config)
-    targets -= {f"{m.path}.out_proj" for m in survey.modules if m.kind == "projection" and m.path in targets}
+    targets = choose_targets(survey, config)
+    wanted = set(targets.paths)
+    if config.resolved_targets is None and config.head in ADAPTED_HEADS:
+        wanted |= {m.path for m in survey.modules if m.in_head and m.kind == "linear"}
+    wanted -= {f"{m.path}.out_proj" for m in survey.modules if m.kind == "projection" and m.path in wanted}
     adapters: list[PlannedAdapter] = []
+    chosen: set[str] = set()
     for module in survey.modules:
         whole = under(module.path, extra) or (module.in_head and config.head not in ADAPTED_HEADS)
-        if (module.path in targets and not whole) or (
-            module.in_head and config.head in ADAPTED_HEADS and module.kind == "linear" and not whole
-        ):
+        if module.path in wanted and not whole:
             if len(module.places) > 1:
                 raise ValueError(
                     f"{module.path!r} is one module in several places ({', '.join(module.places)}): an adapter would "
                     "take one of them, and miss the others. Leave it out of target_modules, or give each its own."
                 )
-            if _weight_is_read(module, survey):
+            if module.is_read:
                 raise ValueError(
                     f"target_modules matches {module.path!r}, whose weight {survey.class_name} reads without calling "
                     "the module, so that an adapter would do nothing. Leave it out of target_modules."
                 )
             adapters.extend(_adapters(module, config))
+            chosen.add(module.path)
     if not adapters:
         narrowed = [
             f" with {name}={_shown(value)!r}"
             for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
             if (value := getattr(config, name)) is not None
         ]
-        raise ValueError(
-            f"target_modules={_shown(config.target_modules)}{','.join(narrowed)} matches no linear layer or "
-            f"convolution of {survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
+        asked = config.target_modules
+        names = sorted(asked) if isinstance(asked, (set, list)) else asked
+        guess = next(
+            (near(name, (m.path for m in survey.modules)) for name in (names if isinstance(names, list) else ())), ""
         )
+        raise ValueError(
+            f"target_modules={names}{','.join(narrowed)} matches no linear layer or convolution of "
+            f"{survey.class_name} outside what is trained as a whole{guess}. {layers_there_are(survey)}"
+        )
+    check_choice(survey, config, targets)
     for tensor in survey.tensors:
         shared = [a.path for a in adapters if a.weight in tensor.aliases]
         if shared and len(tensor.holders) > 1 and not tensor.tied_head:
@@ -68,7 +74,7 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> l
         if survey.tied_tensor is not None:
             adapters = [a for a in adapters if a.path != survey.output_embeddings]
             adapters.append(replace(embedding, path=str(survey.output_embeddings), kind="tied_head"))
-    return adapters
+    return adapters, Targets(chosen, targets.rule)
 
 
 def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapter | None:
@@ -146,40 +152,3 @@ def _adapters(module: SurveyedModule, config: LottaLoraConfig) -> Iterator[Plann
     for name, (weight, outputs, inputs) in module.matrices.items():
         path = f"{module.path}.{name}"
         yield replace(adapter, path=path, matrix=weight, in_features=inputs, out_features=outputs)
-
-
-def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
-    """Paths of the modules that `config.target_modules` means, by PEFT's matching rules."""
-    if config.target_modules is None:
-        names = ATTENTION_PROJECTIONS.get(survey.model_type or "")
-        if names is None:
-            what = f"model type {survey.model_type!r}" if survey.model_type else "a plain nn.Module"
-            raise ValueError(f"There are no default target_modules for {what}. {_linear_layers(survey)}")
-        config.target_modules = set(names)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        excluded = [] if isinstance(config.exclude_modules, str) else config.exclude_modules or []
-        return {
-            m.path
-            for m in survey.modules
-            if m.kind == "linear"
-            and not m.in_head
-            and not any(m.path == e or m.path.endswith(f".{e}") for e in excluded)
-            and not _weight_is_read(m, survey)
-            and not (isinstance(config.exclude_modules, str) and re.fullmatch(config.exclude_modules, m.path))
-        }
-    return {m.path for m in survey.modules if any(check_target_module_exists(config, place) for place in m.places)}
-
-
-def _weight_is_read(module: SurveyedModule, survey: Survey) -> bool:
-    return module.path.rpartition(".")[2] in WEIGHT_IS_READ.get(survey.model_type or "", ())
-
-
-def _linear_layers(survey: Survey) -> str:
-    names: Mapping[str, None] = dict.fromkeys(
-        re.sub(r"(^|\.)\d+(?=\.)", r"\1*", module.path) for module in survey.modules if module.kind == "linear"
-    )
-    return f"Pass target_modules; its linear layers are: {', '.join(names) or 'none'}."
-
-
-def _shown(targets: Iterable[str] | None) -> Any:
-    return sorted(targets) if isinstance(targets, (set, list)) else targets

@@ -129,6 +129,8 @@ class Plan:
         tensors: one entry per distinct tensor of the base model.
         adapters: one entry per adapted module.
         seed: the scaffold's.
+        targets: paths of the modules that carry an adapter, the token embedding apart.
+        rule: why these, for people to read.
         digests: filled once, by `scaffold_digests`.
     """
 
@@ -136,6 +138,8 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     adapters: tuple[PlannedAdapter, ...]
     seed: int
+    targets: tuple[str, ...] = ()
+    rule: str = ""
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -256,5 +260,6 @@ class Plan:
             f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of which "
             f"A, B and beta {self.adapter_parameters:,}"
         )
+        lines.append(f"adapters  on {len(self.targets)} layers ({self.rule})")
         lines.append(f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed")
         return "\n".join(lines)

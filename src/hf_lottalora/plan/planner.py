@@ -58,11 +58,11 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
     config.check()
     extra = _modules_to_save(survey, config)
     _check_tied_options(survey, config, extra)
-    adapters = plan_adapters(survey, config, extra)
+    adapters, targets = plan_adapters(survey, config, extra)
     adapted = {adapter.weight for adapter in adapters if adapter.kind != "tied_head"}
     planned = [_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors]
     tensors = tuple(_with_norm_of_direction(tensor, planned) for tensor in planned)
-    plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0))
+    plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0), tuple(sorted(targets.paths)), targets.rule)
     _check_patterns(plan, config)
     return plan
 

@@ -22,6 +22,7 @@ from ..layers.attention import projections
 from ..paths import clean_modules, owner_of
 from .bases import check_unwrapped
 from .initialization import InitialValue, architecture_init
+from .structure import token_projections, weights_read
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "parameter", "buffer"]
 
@@ -80,7 +81,8 @@ class SurveyedModule:
 
     `places` are the paths of the attributes that are it, more than one where a model uses it under several names: an
     adapter, which takes its place, would take one of them. A module above that is shared counts once. One that has
-    several matrices has them in `matrices`: parameter below the module, outputs and inputs by name.
+    several matrices has them in `matrices`: parameter below the module, outputs and inputs by name. `mixes_tokens` says
+    whether it projects what attends, or mixes tokens otherwise; `is_read` whether its weight is read without a call.
     """
 
     path: str
@@ -93,6 +95,8 @@ class SurveyedModule:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     matrices: Mapping[str, tuple[str, int, int]] = field(default_factory=dict, hash=False)
+    mixes_tokens: bool = False
+    is_read: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,6 +289,7 @@ def _fans(module: nn.Module, tensor: torch.Tensor) -> dict[str, int]:
 
 def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule]:
     seen: set[int] = set()
+    mixing, read = token_projections(model), weights_read(model)
     places: dict[int, list[str]] = {}
     for path, parent in model.named_modules():
         for name, child in parent._modules.items():
@@ -317,7 +322,8 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
                 matrices[name] = (weight, outputs, inputs)
         where = tuple(places.get(id(module), (path,)))
         head = in_head(f"{path}.weight")
-        yield SurveyedModule(path, where, kind, type(module).__name__, *sizes, head, kernel, groups, matrices)
+        said = (any(place in mixing for place in where), any(place in read for place in where))
+        yield SurveyedModule(path, where, kind, type(module).__name__, *sizes, head, kernel, groups, matrices, *said)
 
 
 def _looks_up_ids(module: nn.Embedding) -> bool:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..artifact.architecture import check_architecture
 from ..artifact.manifest import check_scaffold, check_shapes, check_state_dict
-from ..config import LottaLoraConfig
+from ..config import DefaultTargets, LottaLoraConfig
 from ..layers.attention import ScaffoldAttention, unfuse
 from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
@@ -146,6 +146,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
         config._values_follow = False  # the config may be used for another model
         self.trained.add(model, adapter_name, plan, start)
+        if config.target_modules is None:
+            config.target_modules = DefaultTargets(plan.targets)
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
         with PrivateRandomness():  # nn.Linear's constructor draws, even where its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
