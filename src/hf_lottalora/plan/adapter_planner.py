@@ -47,15 +47,14 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> t
             chosen.add(module.path)
     if not adapters:
         narrowed = [
-            f" with {name}={_shown(value)!r}"
+            f" with {name}={value!r}"
             for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
             if (value := getattr(config, name)) is not None
         ]
         asked = config.target_modules
         names = sorted(asked) if isinstance(asked, (set, list)) else asked
-        guess = next(
-            (near(name, (m.path for m in survey.modules)) for name in (names if isinstance(names, list) else ())), ""
-        )
+        paths = [module.path for module in survey.modules]
+        guess = "".join([near(name, paths) for name in names][:1]) if isinstance(names, list) else ""
         raise ValueError(
             f"target_modules={names}{','.join(narrowed)} matches no linear layer or convolution of "
             f"{survey.class_name} outside what is trained as a whole{guess}. {layers_there_are(survey)}"

@@ -47,8 +47,6 @@ def choose_targets(survey: Survey, config: LottaLoraConfig) -> Targets:
         return _default(survey, config)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return _all_linear(survey, config)
-    if not isinstance(targets, str):
-        _warn_of_names(survey, "target_modules", targets)
     return Targets(_matching(survey, config, config.target_modules), "target_modules")
 
 
@@ -96,9 +94,8 @@ def _all_linear(survey: Survey, config: LottaLoraConfig) -> Targets:
 
 def _usable(survey: Survey, config: LottaLoraConfig) -> list[SurveyedModule]:
     """Modules that nobody named and that can carry an adapter with these options: their own, which is called."""
-    shared = {
-        place for t in survey.tensors if len(t.holders) > 1 for place in (a.rpartition(".")[0] for a in t.aliases)
-    }
+    tied = (alias for tensor in survey.tensors if len(tensor.holders) > 1 for alias in tensor.aliases)
+    shared = {alias.rpartition(".")[0] for alias in tied}
     alone = (m for m in survey.modules if len(m.places) == 1 and m.path not in shared)
     return [m for m in alone if not m.in_head and not m.is_read and _fits(m, config)]
 
@@ -142,14 +139,21 @@ def _written_by_0_1(config: LottaLoraConfig) -> bool:
 
 def check_choice(survey: Survey, config: LottaLoraConfig, targets: Targets) -> None:
     """Warn of names and layers that match nothing beside others that do, as PEFT's lists for several models may."""
-    if config.exclude_modules and not isinstance(config.exclude_modules, str):
-        _warn_of_names(survey, "exclude_modules", config.exclude_modules)
+    if config.resolved_targets is not None:
+        return
+    paths = {place for module in survey.modules for place in module.places}
+    for option in ("target_modules", "exclude_modules"):
+        names = getattr(config, option) or ()
+        if not isinstance(names, (str, DefaultTargets)):
+            _warn(option, [n for n in names if not any(p == n or p.endswith(f".{n}") for p in paths)], paths)
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, name) or {}
-        paths = [*targets.paths, *(m.path for m in survey.modules if m.in_head or m.kind == "embedding")]
-        _warn(name, [key for key in pattern if not any(get_pattern_key([key], path) == key for path in paths)], paths)
+        adapted = [*targets.paths, *(m.path for m in survey.modules if m.in_head or m.kind == "embedding")]
+        _warn(
+            name, [key for key in pattern if not any(get_pattern_key([key], path) == key for path in adapted)], adapted
+        )
     layers = config.layers_to_transform
-    if isinstance(layers, list) and targets.paths and config.resolved_targets is None:
+    if isinstance(layers, list):
         found = {int(number) for path in targets.paths for number in re.findall(r"(?:^|\.)(\d+)\.", path)}
         if missing := sorted(set(layers) - found):
             warnings.warn(
@@ -158,11 +162,6 @@ def check_choice(survey: Survey, config: LottaLoraConfig, targets: Targets) -> N
                 UserWarning,
                 stacklevel=2,
             )
-
-
-def _warn_of_names(survey: Survey, option: str, names: Iterable[str]) -> None:
-    paths = {place for module in survey.modules for place in module.places}
-    _warn(option, [n for n in names if not any(p == n or p.endswith(f".{n}") for p in paths)], paths)
 
 
 def _warn(option: str, names: Iterable[str], paths: Iterable[str]) -> None:
