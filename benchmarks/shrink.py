@@ -108,8 +108,14 @@ def _smaller(key: str, value: Any) -> Any:
             return value
         limit = next((limit for pattern, limit in RULES if re.fullmatch(pattern, key)), None)
         return value if limit is None else min(value, limit)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        if re.fullmatch(r"depths?|num_layers|layers|num_encoder_blocks|num_blocks|stage_num_blocks|num_block_repeats", key):
+    if (
+        isinstance(value, (list, tuple))
+        and value
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    ):
+        if re.fullmatch(
+            r"depths?|num_layers|layers|num_encoder_blocks|num_blocks|stage_num_blocks|num_block_repeats", key
+        ):
             return [min(v, 1) for v in value]
         if re.fullmatch(r".*(hidden_sizes|embed_dims?|dims|conv_dim|widths?|stage_channels)", key):
             return [min(v, 16 * 2 ** min(i, 2)) for i, v in enumerate(value)]
@@ -135,10 +141,16 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has no groups
     layers = next((values[k] for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if k in values), None)
     for key, value in values.items():
-        per_layer = re.fullmatch(r".*(layer_types|layers_block_type|no_rope_layers|layer_rope_theta|indexer_types)", key)
+        per_layer = re.fullmatch(
+            r".*(layer_types|layers_block_type|no_rope_layers|layer_rope_theta|indexer_types)", key
+        )
         if per_layer and isinstance(value, list) and isinstance(layers, int):
             kinds = list(dict.fromkeys(value))
-            values[key] = (kinds if len(kinds) >= layers else kinds + value)[:layers] if isinstance(value[0], str) else value[:layers]
+            values[key] = (
+                (kinds if len(kinds) >= layers else kinds + value)[:layers]
+                if isinstance(value[0], str)
+                else value[:layers]
+            )
     return values
 
 
@@ -198,7 +210,9 @@ def batches_of(model: Any, rows: int = 2, length: int = 8) -> Iterator[dict[str,
                 "attention_mask": torch.ones(rows, length),
             }
         ],
-        "past_values": [{"past_values": randn(rows, _of(config, "context_length", 32), _of(config, "num_input_channels", 1))}],
+        "past_values": [
+            {"past_values": randn(rows, _of(config, "context_length", 32), _of(config, "num_input_channels", 1))}
+        ],
     }
     for inputs in options.get(model.main_input_name, []):
         if inputs.keys() <= known.keys():
@@ -206,7 +220,10 @@ def batches_of(model: Any, rows: int = 2, length: int = 8) -> Iterator[dict[str,
 
 
 def _of(config: Any, key: str, default: Any) -> Any:
-    for part in (config, *(getattr(config, k, None) for k in ("text_config", "vision_config", "audio_config", "encoder", "decoder"))):
+    for part in (
+        config,
+        *(getattr(config, k, None) for k in ("text_config", "vision_config", "audio_config", "encoder", "decoder")),
+    ):
         if isinstance(getattr(part, key, None), (int, list, tuple)):
             return getattr(part, key)
     return default

@@ -17,6 +17,7 @@ from ..scaffold.matrix_families import TRANSFORMS
 from ..scaffold.scales import scale_of
 from ..scaffold.tensor import ScaffoldTensor
 from .adapter_planner import ADAPTED_HEADS, plan_adapters
+from .canonical import first_change, read_back
 from .patterns import by_pattern, parents, under
 from .plan import Plan, PlannedTensor, Role
 from .survey import Survey, SurveyedTensor, survey_model
@@ -210,7 +211,16 @@ def _check_tied_options(survey: Survey, config: LottaLoraConfig, extra: set[str]
 
 def warn_of_losses(plan: Plan, config: LottaLoraConfig) -> None:
     """Say once what a user may not expect: loaded weights are drawn over, or values are nobody's to make again."""
-    redraw = config.redraw
+    redraw, architecture = config.redraw, plan.survey.architecture
+    if architecture is not None and (change := first_change(read_back(architecture), architecture)):
+        key, back, given = change
+        warnings.warn(
+            f"A config.json cannot hold {key}={given!r} of this {type(architecture).__name__}: it comes back as "
+            f"{back!r}. The artifact will load over a base model that is built as this one was (PeftModel.from_pretrained), but "
+            "our Auto classes would build another. Set it to a value that comes back.",
+            UserWarning,
+            stacklevel=2,
+        )
     arbitrary = [tensor.path for tensor in plan.with_role("kept") if tensor.survey.arbitrary and redraw == "all"]
     if arbitrary:
         warnings.warn(
