@@ -70,7 +70,10 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """A, B, beta and their options over one module; a tied head shares those of the input embedding."""
+    """A, B, beta and their options over one module; a tied head shares those of the input embedding.
+
+    With `own_forward` they go around the code of a subclass, see `plan.probe`.
+    """
 
     path: str
     kind: AdapterKind
@@ -84,6 +87,7 @@ class PlannedAdapter:
     dora: Magnitude | None = None
     layer_norm: bool = False
     residual: bool = False
+    own_forward: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -237,5 +241,10 @@ class Plan:
             f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of which "
             f"A, B and beta {self.adapter_parameters:,}"
         )
+        around = [adapter.path for adapter in self.adapters if adapter.own_forward]
+        if around:
+            named = {module.path: module.type_name for module in self.survey.modules}
+            classes = ", ".join(sorted({named[path] for path in around}))
+            lines.append(f"forward   {len(around)} adapted layers keep their own, adapters go around it: {classes}")
         lines.append(f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed")
         return "\n".join(lines)

@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..paths import clean_modules, owner_of
 from .initialization import InitialValue, architecture_init
+from .probe import CONVOLUTIONS, has_own_forward, why_not_around
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "parameter", "buffer"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
@@ -71,7 +71,11 @@ class SurveyedTensor:
 
 @dataclass(frozen=True)
 class SurveyedModule:
-    """A module that owns a weight matrix or table: its path, what PEFT would wrap it as, and its sizes."""
+    """A module that owns a weight matrix or table: its path, what PEFT would wrap it as, and its sizes.
+
+    Of a subclass that computes its output by code of its own (`own_forward`), `reason` is why no adapter goes around
+    that code, where the kind is "other" for it.
+    """
 
     path: str
     kind: Literal["linear", "conv", "embedding", "other"]
@@ -81,6 +85,8 @@ class SurveyedModule:
     in_head: bool
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    own_forward: bool = False
+    reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,18 +283,26 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
         kind: Literal["linear", "conv", "embedding", "other"] = "other"
         kernel: tuple[int, ...] = ()
         sizes, groups = (0, 0), 1
+        own_forward, reason = False, None
         # nn.MultiheadAttention reads its output projection's weight past forward, so an adapter there would be dead.
         past_forward = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not past_forward:
+        if isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)) and not past_forward:
+            own_forward = has_own_forward(module)
+            reason = why_not_around(module) if own_forward else None
+        if past_forward or reason is not None:
+            pass
+        elif isinstance(module, nn.Linear):
             kind, sizes = "linear", (shape[1], shape[0])
         elif isinstance(module, Conv1D):
             kind, sizes = "linear", (shape[0], shape[1])
-        elif isinstance(module, _CONVOLUTIONS) and type(module).forward in {c.forward for c in _CONVOLUTIONS}:
+        elif isinstance(module, CONVOLUTIONS):
             kind, sizes = "conv", (module.in_channels, module.out_channels)
             kernel, groups = tuple(module.kernel_size), module.groups
         elif isinstance(module, nn.Embedding) and _looks_up_ids(module):
             kind, sizes = "embedding", (shape[0], shape[1])
-        yield SurveyedModule(path, kind, type(module).__name__, *sizes, in_head(f"{path}.weight"), kernel, groups)
+        where = in_head(f"{path}.weight")
+        name = type(module).__name__
+        yield SurveyedModule(path, kind, name, *sizes, where, kernel, groups, own_forward, reason or "")
 
 
 def _looks_up_ids(module: nn.Embedding) -> bool:
