@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from tiny import config, llama
 from torch import nn
+from transformers import LongformerConfig, LongformerModel, Wav2Vec2Config, Wav2Vec2Model
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.perceiver.modeling_perceiver import Conv2dSamePadding
 from transformers.pytorch_utils import Conv1D
@@ -326,3 +328,31 @@ def test_gradients_are_of_what_functional_call_was_given(kind: str, monkeypatch:
     found = gradients(torch.func.functional_call(case.layer, other, (case.x,)), [beta])
     case.layer.base_layer.weight.data.mul_(2)
     torch.testing.assert_close(found, gradients(case.literal(), [beta]))
+
+
+def wav2vec2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    convolutions = {"conv_dim": (32,), "conv_kernel": (3,), "conv_stride": (2,), "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = Wav2Vec2Model(Wav2Vec2Config(**sizes, **convolutions, **positions))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, 20:] = 0
+    return model, {"input_values": torch.randn(2, 40), "attention_mask": mask}
+
+
+def longformer() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    settings = LongformerConfig(vocab_size=99, **sizes, attention_window=4, max_position_embeddings=64)
+    return LongformerModel(settings), {"input_ids": torch.arange(3, 11).expand(2, -1)}
+
+
+@pytest.mark.parametrize("build", [wav2vec2, longformer])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_architectures_that_write_to_an_output(build: Any) -> None:
+    base, batch = build()
+    model = get_peft_model(base, config(target_modules="all-linear")).train()
+    model(**batch)[0].square().mean().backward()
+    adapted = [
+        p for name, p in model.named_parameters() if "lora_beta" in name and not re.search("global|pooler", name)
+    ]
+    assert adapted and all(p.grad is not None for p in adapted)

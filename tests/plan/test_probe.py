@@ -330,3 +330,19 @@ def test_a_tied_head_that_computes_something_else() -> None:
     model.lm_head.__class__ = Normed
     with pytest.raises(ValueError, match=r"the head 'lm_head' with the tied embedding, but it is a Normed, whose forw"):
         make_plan(model, config(embeddings="lora"))
+
+
+def test_a_table_of_which_another_parameter_holds_a_row() -> None:
+    class WithRow(nn.Embedding):  # as in T5Gemma 2
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            rows = super().forward(ids) * self.embed_scale
+            rows[ids == 3] = self.row
+            return rows
+
+    model = llama()
+    table: Any = model.model.embed_tokens
+    table.__class__, table.embed_scale = WithRow, 2.0
+    assert any(a.kind == "embedding" for a in make_plan(model, config(embeddings="lora")).adapters)
+    table.row = nn.Parameter(torch.zeros(32))
+    with pytest.raises(ValueError, match="embeddings='lora' needs a token embedding that looks up ids"):
+        make_plan(model, config(embeddings="lora"))

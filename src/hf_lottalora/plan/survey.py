@@ -307,8 +307,9 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
 
 def _looks_up_ids(module: nn.Embedding) -> bool:
     # Some position tables take a mask and compute their own ids: an adapter beside them would see the mask. Those with
-    # an embed_scale only multiply.
-    return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    # an embed_scale only multiply, but where a second parameter stands in for some of the rows.
+    scales = hasattr(module, "embed_scale") and len(module._parameters) == 1
+    return type(module).forward is nn.Embedding.forward or scales
 
 
 def _initializer_range(config: Any) -> float:
