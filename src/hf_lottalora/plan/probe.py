@@ -59,7 +59,8 @@ def why_not_around(module: nn.Module) -> str | None:
                 if reason is not None:
                     return reason
         except Exception as error:  # whatever a foreign forward raises
-            return f"cannot be tried on a small copy ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+            first_line = str(error).partition("\n")[0]
+            return f"cannot be tried on a small copy ({type(error).__name__}: {first_line[:100]})"
     return None
 
 
@@ -75,8 +76,8 @@ def _small_copy(module: nn.Module) -> Any:
     memo[id(vars(module).get("_hf_hook"))] = None  # Accelerate's, which can hold the weights of a whole model
     for name, parameter in module.named_parameters():
         shape = {"weight": sizes, "bias": sizes[outputs : outputs + 1]}.get(name, parameter.shape)
-        memo[id(parameter)] = nn.Parameter(torch.randn(tuple(shape), dtype=torch.float64), False)
-    twin = copy.deepcopy(module, memo).double()
+        memo[id(parameter)] = nn.Parameter(torch.randn(tuple(shape), dtype=torch.float64, device="cpu"), False)
+    twin = copy.deepcopy(module, memo).to("cpu", torch.float64)
     for name, size in (
         *dict.fromkeys(("in_features", "nx"), sizes[inputs]).items(),
         *dict.fromkeys(("out_features", "nf", "out_channels"), sizes[outputs]).items(),
@@ -91,10 +92,10 @@ def _tried(twin: Any) -> str | None:
     convolution = isinstance(twin, CONVOLUTIONS)
     if convolution:
         reach = zip(twin.kernel_size, twin.stride, twin.dilation, strict=True)
-        x = torch.randn(2, twin.in_channels, *(d * (k - 1) + 1 + 2 * s for k, s, d in reach), dtype=torch.float64)
+        shape = (2, twin.in_channels, *(d * (k - 1) + 1 + 2 * s for k, s, d in reach))
     else:
-        x = torch.randn(2, 3, twin.weight.shape[0 if isinstance(twin, Conv1D) else 1], dtype=torch.float64)
-
+        shape = (2, 3, twin.weight.shape[0 if isinstance(twin, Conv1D) else 1])
+    x = torch.randn(shape, dtype=torch.float64, device="cpu")
     forward = vars(twin).get("_old_forward", twin.forward)
 
     def result(weight: torch.Tensor, x: torch.Tensor = x) -> Any:
