@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
@@ -18,7 +20,7 @@ class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
     def _pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
 
-    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+    def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         beta, base = self._total_beta(adapters), self.base_layer
         y: torch.Tensor
         if any(parameter.requires_grad for parameter in base.parameters()):
@@ -58,6 +60,10 @@ class TiedHead(nn.Module, BaseTunerLayer):
         B = torch.cat([embedding._pair(name)[0].t() for name in adapters], dim=1)
         y: torch.Tensor = ScaledLinear.apply(x, base.weight, base.bias, beta, A, B, 1.0, False)
         return y
+
+    def __repr__(self) -> str:
+        base = self.base_layer
+        return f"lottalora.TiedHead({base.in_features} -> {base.out_features}, the adapter of the input embedding)"
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: the embedding merges the weight they share."""

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import LottaLoraConfig
 from ..scaffold.tensor import ScaffoldTensor
+from .description import described
 from .functional import without_autocast
 
 # Trainer decides by names alone (`get_decay_parameter_names`): it decays no bias and no norm. And these are norms: a
@@ -60,6 +61,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     # How the base weight was drawn; None where a pretrained weight was kept.
     scaffold: ScaffoldTensor | None = None
+    # Whether the base layer computes its output by code of its own, which the adapter goes around.
+    own_forward = False
     # The base weight while adapters are merged into its place, where it cannot be drawn again: a pretrained one that
     # was kept, or a drawn one that a cast to a smaller dtype has rounded.
     _unmerged_weight: torch.Tensor | None = None
@@ -333,7 +336,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         result = self.base_layer(x, *args, **kwargs)
         for name in set(adapter_names) & set(self.lora_beta.keys()):
             rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
-            result[rows] = self._adapted(x[rows], [name]).to(result.dtype)
+            result[rows] = self._adapted(x[rows], [name], *args, **kwargs).to(result.dtype)
         return result
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -349,14 +352,15 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if self.disable_adapters or self.merged or not active:
             result: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        return self._adapted(x, active)
+        return self._adapted(x, active, *args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"lottalora.{nn.Module.__repr__(self)}"  # type: ignore[arg-type]
+        return described(self)
 
     @property
     def _weight_is_IO(self) -> bool:
         return isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
 
-    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+    def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output with these adapters; further arguments are for a base layer with a forward of its own."""
         raise NotImplementedError

@@ -73,6 +73,7 @@ class PlannedAdapter:
     """A, B, beta and their options over one module; a tied head shares those of the input embedding.
 
     For one of several matrices of a module, `matrix` is its path there, and the adapter's own lies below the module's.
+    With `own_forward` they go around the code of a subclass, see `plan.probe`.
     """
 
     path: str
@@ -87,6 +88,7 @@ class PlannedAdapter:
     dora: Magnitude | None = None
     layer_norm: bool = False
     residual: bool = False
+    own_forward: bool = False
     matrix: str = ""
 
     @property
@@ -261,5 +263,10 @@ class Plan:
             f"A, B and beta {self.adapter_parameters:,}"
         )
         lines.append(f"adapters  on {len(self.targets)} layers ({self.rule})")
+        around = [adapter.path for adapter in self.adapters if adapter.own_forward]
+        if around:
+            named = {module.path: module.type_name for module in self.survey.modules}
+            classes = ", ".join(sorted({named[path] for path in around}))
+            lines.append(f"forward   {len(around)} adapted layers keep their own, adapters go around it: {classes}")
         lines.append(f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed")
         return "\n".join(lines)

@@ -216,8 +216,8 @@ def warn_of_losses(plan: Plan, config: LottaLoraConfig) -> None:
         key, back, given = change
         warnings.warn(
             f"A config.json cannot hold {key}={given!r} of this {type(architecture).__name__}: it comes back as "
-            f"{back!r}. The artifact will load over a base model that is built as this one was (PeftModel.from_pretrained), but "
-            "our Auto classes would build another. Set it to a value that comes back.",
+            f"{back!r}. The artifact will load over a base model that is built as this one was "
+            "(PeftModel.from_pretrained), but our Auto classes would build another. Set it to a value that comes back.",
             UserWarning,
             stacklevel=2,
         )

@@ -197,6 +197,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                     setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))  # type: ignore[operator]
                 continue
             layer.scaffold = plan.scaffold.get(adapter.weight) or layer.scaffold
+            layer.own_forward = adapter.own_forward
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
             if start:
