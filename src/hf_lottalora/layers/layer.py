@@ -96,7 +96,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's leaves the dtype of what is on the meta device, and rounds to the base layer's dtype what
-        # low_cpu_mem_usage has just read from a file; of those in a ParameterDict it makes new, trainable ones.
+        # low_cpu_mem_usage has just read from a file; of an embedding's A and B it makes new, trainable ones.
         W = self.get_base_layer().weight
         dtype = None if adapter_name in self._made else W.dtype
         for tensor in self.adapter_parameters(adapter_name):

@@ -247,7 +247,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                 parameter.requires_grad_(requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's makes new parameters of those in a ParameterDict, trainable ones: keep what was frozen frozen."""
+        """PEFT's makes new, trainable parameters of an embedding's A and B: keep what was frozen frozen."""
         layers = [layer for layer in self.model.modules() if isinstance(layer, ScaffoldLayer)]
         frozen = [[not p.requires_grad for p in layer.adapter_parameters(adapter_name)] for layer in layers]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
