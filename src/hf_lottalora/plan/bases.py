@@ -26,7 +26,7 @@ def check_unwrapped(model: nn.Module) -> None:
         if inside is not None:
             raise ValueError(
                 f"{where} is wrapped in a {type(module).__name__}, which puts {inside!r} into its tensors' names, and "
-                "a seed draws by name. Pass what is inside, and wrap the model that get_peft_model returns. To compile, "
+                "a seed draws by name. Pass what is inside, and wrap the model that get_peft_model returns. "
                 "module.compile() changes no name."
             )
         if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # torch may be built without it
