@@ -12,6 +12,7 @@ from ..layers.layer import ScaffoldLayer
 from ..paths import clean_modules, owner_of
 from ..plan.plan import PREFIX, Plan, PlannedTensor
 from ..residency.forms import Residency, VirtualWeight, resident
+from ..residency.recipe import read_recipe
 from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
 from .trained import TrainedTensors
 
@@ -164,8 +165,34 @@ class BaseTensors:
         if not (live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs)):
             raise ValueError(
                 f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
-                "merged into (see unmerge_adapter), or cast to a smaller dtype and back."
+                "merged into (see unmerge_adapter), averaged, or cast to a smaller dtype and back. "
+                f"set_scaffold_seed({spec.seed}) draws it again."
             )
+
+    def state_entry(self, path: str, spec: ScaffoldTensor, entry: torch.Tensor) -> torch.Tensor:
+        """What to load for an entry of a state dict, in whatever residency that was made: the same weight.
+
+        Raises:
+            ValueError: it is another weight.
+        """
+        live: torch.Tensor = getattr(*owner_of(self.model, path))
+        virtual = isinstance(live, VirtualWeight)
+        spec = live.scaffold if isinstance(live, VirtualWeight) else spec  # which scaffold_off exchanges
+        saved = read_recipe(entry)
+        if saved == spec:
+            return live if virtual or spec.is_in(live) else spec.draw(live.dtype, live.device)
+        if saved is None:
+            if entry.shape != live.shape:
+                return entry  # torch says so
+            if spec.is_in(entry):
+                return live if virtual else entry
+            if not virtual and torch.equal(entry.to(live.device, live.dtype), live):
+                return entry  # rounded alike
+        other = "other weights" if saved is None else f"{saved.name!r} of seed {saved.seed}, family {saved.family!r},"
+        raise ValueError(
+            f"The state dict has {other} where this model has {path!r} as {spec.name!r} of seed {spec.seed}, family "
+            f"{spec.family!r}. Nothing was loaded. Load it into a model with the same scaffold (see set_scaffold_seed)."
+        )
 
     def _merged_layer(self, path: str) -> ScaffoldLayer | None:
         layer = self.model.get_submodule(path.rpartition(".")[0])

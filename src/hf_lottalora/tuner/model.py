@@ -26,6 +26,9 @@ from ..plan.initialization import untouched_rng
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan, saved_key
 from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
+from ..residency.forms import VirtualWeight
+from ..residency.recipe import recipe_of
+from ..scaffold.tensor import ScaffoldTensor
 from .base_model import BaseTensors, check_loadable, materialise, other_dtypes
 from .merging import Merging
 from .reseed import SeedSwitching
@@ -260,6 +263,25 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         )
 
     # ---- saving and loading ---------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As a module's; of a scaffold weight that is not in memory it has a recipe, which `load_state_dict` knows."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        recipes: dict[ScaffoldTensor, torch.Tensor] = {}  # what is tied shares one, as it shares its values
+        for key, value in state.items():
+            if isinstance(value, VirtualWeight) and not isinstance(value, nn.Parameter):  # those keep_vars asks for
+                state[key] = recipes.setdefault(value.scaffold, recipe_of(value.scaffold))
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Called before anything of this model is loaded.
+        if not (self._off and self.residency == "dense"):  # else there are zeros
+            scaffold = {id(getattr(*owner_of(self.model, path))): path for path in self.first_plan.scaffold}
+            for name, parameter in self.named_parameters(remove_duplicate=False):
+                path, key = scaffold.get(id(parameter)), prefix + name
+                if path is not None and key in state_dict and self.base.is_bare(path):
+                    state_dict[key] = self.base.state_entry(path, self.first_plan.scaffold[path], state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def _get_adapter_state_dict(
