@@ -124,7 +124,8 @@ def test_contexts_and_casts_round_trip(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_accelerate(mode: str, adapter_name: str, safe: bool, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # another test's may have had other settings
-    for into in MODES:
+    # Older releases of safetensors compare shapes before a model is asked: no recipe is loaded for a dense weight there.
+    for into in MODES if not safe else [other for other in MODES if (other == "dense") == (mode == "dense")]:
         accelerator = Accelerator(cpu=True)
         model = made(mode, adapter_name)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
