@@ -11,6 +11,7 @@ from torch import nn
 from ..layers.layer import ScaffoldLayer
 from ..paths import clean_modules, owner_of
 from ..plan.plan import PREFIX, Plan, PlannedTensor
+from ..residency.foreign import foreign_tensors, in_memory, values_of
 from ..residency.forms import Residency, VirtualWeight, resident
 from ..residency.recipe import read_recipe
 from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
@@ -41,19 +42,21 @@ def check_loadable(model: nn.Module, plan: Plan) -> None:
     Raises:
         ValueError: a buffer is on the meta device, or a parameter there is neither drawn nor saved.
     """
+    held = foreign_tensors(model)
     for path, module in clean_modules(model):
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
+            if buffer is not None and buffer.is_meta and id(buffer) not in held:
                 raise ValueError(
                     f"Buffer '{path}.{name}' is on the meta device, and nothing here can compute it. Build the model "
                     "under accelerate.init_empty_weights(include_buffers=False) instead of torch.device('meta')."
                 )
     for tensor in plan.tensors:
         live = getattr(*owner_of(model, tensor.path))
-        if live.is_meta and tensor.base is None and not tensor.saved:
+        if live.is_meta and tensor.base is None and not tensor.saved and id(live) not in held:
             raise ValueError(
                 f"{tensor.path!r} is on the meta device and is neither drawn nor saved, so it has no value. Load the "
-                "base model's weights first, or pass redraw='all'."
+                "base model's weights first, or pass redraw='all'. (PeftModel.from_pretrained lets go of what is "
+                "offloaded to disk: get_peft_model, then set_peft_model_state_dict.)"
             )
 
 
@@ -68,7 +71,7 @@ def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") ->
             device = "cpu" if live.is_meta else live.device
             _replace(model, tensor, resident(tensor.base, residency, live.dtype, device))
             continue
-        if live.is_meta:
+        if live.is_meta and tensor.survey.held is None:
             live = _replace(model, tensor, torch.empty(live.shape, dtype=live.dtype))
         if isinstance(tensor.base, ScaffoldTensor):
             draws[tensor.base] = live
@@ -147,7 +150,11 @@ class BaseTensors:
     def kept_digests(self, plan: Plan) -> dict[str, str]:
         """Digest by name of each kept tensor that the artifact does not contain."""
         unsaved = [tensor for tensor in plan.with_role("kept") if not tensor.saved]
-        return {tensor.name: sampled_digest(self.value(tensor.path)) for tensor in unsaved}
+        digests = {}
+        for tensor in unsaved:
+            with in_memory(owner_of(self.model, tensor.path)[0]):
+                digests[tensor.name] = sampled_digest(values_of(self.value(tensor.path)))
+        return digests
 
     def verify_unsaved(self, plan: Plan) -> None:
         """Before saving: what is not saved must be what the seed draws. A merged layer's weight is drawn again."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +27,7 @@ from ..plan.initialization import untouched_rng
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan, saved_key
 from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
+from ..residency.foreign import in_memory, is_foreign
 from ..residency.forms import VirtualWeight
 from ..residency.recipe import recipe_of
 from ..scaffold.tensor import ScaffoldTensor
@@ -157,14 +159,21 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     def _create_new_module(
         lora_config: LottaLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
+        requantise = {key: kwargs[key] for key in ("get_apply_tensor_subclass",) if key in kwargs}
         kwargs = {key: kwargs[key] for key in ("r", "lora_alpha", "target_name")}
         if isinstance(target, _ConvNd):
             return ScaffoldConv(target, adapter_name, config=lora_config, **kwargs)
         if isinstance(target, nn.Embedding):
             return ScaffoldEmbedding(target, adapter_name, config=lora_config, **kwargs)
         layer = ScaffoldLinear(target, adapter_name, config=lora_config, **kwargs)
+        if is_foreign(target.weight) and requantise:  # type: ignore[arg-type]
+            layer.quantization_backend = resolve_quantization_backend(target, **requantise)
         layer.fan_in_fan_out = layer.is_target_conv_1d_layer = isinstance(target, Conv1D)
         return layer
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        with in_memory(child):  # PEFT puts the adapter where the child is, which may be offloaded
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _finish_adapters(self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig) -> None:
         names = {tensor.path: tensor.name for tensor in plan.tensors}
