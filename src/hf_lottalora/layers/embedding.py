@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..residency.foreign import in_memory
 from .functional import ScaledEmbedding, ScaledLinear, matmul_dtype
 from .layer import ScaffoldLayer
 
@@ -53,6 +55,11 @@ class TiedHead(nn.Module, BaseTunerLayer):
         if embedding.disable_adapters or embedding.merged or not adapters:
             result: torch.Tensor = self.base_layer(x)
             return result
+        with in_memory(self, embedding) if hasattr(self.base_layer, "_hf_hook") else nullcontext():
+            return self._adapted(x, adapters)
+
+    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        embedding = self.embedding
         x = x.to(matmul_dtype(x))
         beta, base = embedding._total_beta(adapters), self.base_layer
         # The embedding's row i is beta E[i] + s A[:, i]^T B^T: as a linear layer, its A and B change places.

@@ -79,11 +79,24 @@ def _plan_tensor(
                 "without quantisation (a scaffold needs no stored weights), or pass redraw='none'."
             )
         spec = _scaffold_spec(tensor, survey, config)
-        return PlannedTensor(tensor, role, spec, None, saved=False)
+        return PlannedTensor(tensor, _checked_role(tensor, role), spec, None, saved=False)
     base = _own_init(tensor, survey, config.seed or 0) if config.redraw == "all" else None
     start = _own_init(tensor, survey, config.effective_adapter_seed) if config.redraw == "all" else None
     saved = role == "trained" or config.redraw == "all" or config.save_kept
-    return PlannedTensor(tensor, role, base, start, saved)
+    return PlannedTensor(tensor, _checked_role(tensor, role, saved), base, start, saved)
+
+
+def _checked_role(tensor: SurveyedTensor, role: Role, saved: bool = False) -> Role:
+    """The role, if a tensor that something else holds can have it: such a one can only be kept, where it is."""
+    if tensor.held is not None and (role != "kept" or saved):
+        what = "saved" if role == "kept" else {"scaffold": "drawn over", "trained": "trained"}[role]
+        hint = {
+            "kept": "Leave save_kept=False, which needs redraw='none' or 'targets'",
+            "scaffold": "Load the model in memory without quantisation, or pass redraw='none'",
+            "trained": "Load it in memory without quantisation, or pass embeddings, norms='frozen', head='lora'",
+        }[role]
+        raise ValueError(f"{tensor.path!r} is {tensor.held}, and cannot be {what}. {hint}.")
+    return role
 
 
 def _with_norm_of_direction(tensor: PlannedTensor, planned: list[PlannedTensor]) -> PlannedTensor:

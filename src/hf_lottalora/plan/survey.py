@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..layers.attention import projections
 from ..paths import clean_modules, owner_of
+from ..residency.foreign import OFFLOADED, foreign_tensors
 from .bases import check_unwrapped
 from .initialization import InitialValue, architecture_init
 from .probe import CONVOLUTIONS, has_own_forward, why_not_around
@@ -51,6 +52,7 @@ class SurveyedTensor:
         zero_row: padding row of an embedding.
         arbitrary: whether it is a parameter that no init code sets, and not one constant either: its values are
             whatever the module was built with.
+        held: what holds it, in words, where nothing can be drawn into it: see `foreign_tensors`.
     """
 
     path: str
@@ -68,6 +70,7 @@ class SurveyedTensor:
     stacked: int = 1
     zero_row: int | None = None
     arbitrary: bool = False
+    held: str | None = None
 
     @property
     def numel(self) -> int:
@@ -141,6 +144,13 @@ def survey_model(model: nn.Module) -> Survey:
         ValueError: two tensors would have the same canonical name, or a module is wrapped, see `check_unwrapped`.
     """
     check_unwrapped(model)
+    held = foreign_tensors(model)
+    input_embeddings = _embedding_module(model, "get_input_embeddings")
+    output_embeddings = _embedding_module(model, "get_output_embeddings")
+    # Accelerate's cpu_offload leaves two tensors on the meta device where there was a tied one.
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    ends = [getattr(module, "weight", None) for module in (output_embeddings, input_embeddings)]
+    same = {id(ends[0]): id(ends[1])} if tied and all(held.get(id(end)) == OFFLOADED for end in ends) else {}
     paths: dict[int, list[str]] = {}
     owners: dict[int, tuple[nn.Module, str]] = {}
     holders: dict[int, dict[tuple[int, str], str]] = {}
@@ -149,14 +159,13 @@ def survey_model(model: nn.Module) -> Survey:
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or (attribute in module._buffers and attribute not in persistent):
                 continue
+            key = same.get(id(tensor), id(tensor))
             path = f"{module_path}.{attribute}" if module_path else attribute
-            paths.setdefault(id(tensor), []).append(path)
-            owners.setdefault(id(tensor), (module, attribute))
-            holders.setdefault(id(tensor), {}).setdefault((id(module), attribute), path)
+            paths.setdefault(key, []).append(path)
+            owners.setdefault(key, (module, attribute))
+            holders.setdefault(key, {}).setdefault((id(module), attribute), path)
 
     names = {id(module): path for path, module in reversed(list(clean_modules(model)))}
-    input_embeddings = _embedding_module(model, "get_input_embeddings")
-    output_embeddings = _embedding_module(model, "get_output_embeddings")
     base_prefix = _base_prefix(model)
 
     def in_head(path: str) -> bool:
@@ -197,7 +206,8 @@ def survey_model(model: nn.Module) -> Survey:
                 tied_head=not in_head(path) and any(in_head(a) for a in aliases),
                 init=init[key],
                 **_fans(module, tensor),
-                arbitrary=kinds[key] != "matrix" and _is_arbitrary(tensor, init[key]),
+                arbitrary=kinds[key] != "matrix" and key not in held and _is_arbitrary(tensor, init[key]),
+                held=held.get(key),
                 zero_row=getattr(module, "padding_idx", None) if kinds[key] == "embedding" else None,
             )
         )

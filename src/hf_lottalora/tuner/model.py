@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +28,10 @@ from ..plan.initialization import PrivateRandomness
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan, saved_key
 from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
+from ..residency.foreign import in_memory, is_foreign
+from ..residency.forms import VirtualWeight
+from ..residency.recipe import recipe_of
+from ..scaffold.tensor import ScaffoldTensor
 from .base_model import BaseTensors, check_loadable, materialise, other_dtypes
 from .merging import Merging
 from .reseed import SeedSwitching
@@ -174,6 +179,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     def _create_new_module(
         lora_config: LottaLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
+        requantise = {key: kwargs[key] for key in ("get_apply_tensor_subclass",) if key in kwargs}
         kwargs = {key: kwargs[key] for key in ("r", "lora_alpha", "target_name")}
         if isinstance(target, _ConvNd):
             return ScaffoldConv(target, adapter_name, config=lora_config, **kwargs)
@@ -182,8 +188,14 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         if isinstance(target, nn.Embedding):
             return ScaffoldEmbedding(target, adapter_name, config=lora_config, **kwargs)
         layer = ScaffoldLinear(target, adapter_name, config=lora_config, **kwargs)
+        if is_foreign(target.weight) and requantise:  # type: ignore[arg-type]
+            layer.quantization_backend = resolve_quantization_backend(target, **requantise)
         layer.fan_in_fan_out = layer.is_target_conv_1d_layer = isinstance(target, Conv1D)
         return layer
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        with in_memory(child):  # PEFT puts the adapter where the child is, which may be offloaded
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _finish_adapters(
         self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig, start: bool
@@ -298,6 +310,25 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         )
 
     # ---- saving and loading ---------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As a module's; of a scaffold weight that is not in memory it has a recipe, which `load_state_dict` knows."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        recipes: dict[ScaffoldTensor, torch.Tensor] = {}  # what is tied shares one, as it shares its values
+        for key, value in state.items():
+            if isinstance(value, VirtualWeight) and not isinstance(value, nn.Parameter):  # those keep_vars asks for
+                state[key] = recipes.setdefault(value.scaffold, recipe_of(value.scaffold))
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Called before anything of this model is loaded.
+        if not (self._off and self.residency == "dense"):  # else there are zeros
+            scaffold = {id(getattr(*owner_of(self.model, path))): path for path in self.first_plan.scaffold}
+            for name, parameter in self.named_parameters(remove_duplicate=False):
+                path, key = scaffold.get(id(parameter)), prefix + name
+                if path is not None and key in state_dict and self.base.is_bare(path):
+                    state_dict[key] = self.base.state_entry(path, self.first_plan.scaffold[path], state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def _get_adapter_state_dict(
