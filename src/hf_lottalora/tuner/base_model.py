@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,6 +13,7 @@ from ..paths import clean_modules, owner_of
 from ..plan.plan import PREFIX, Plan, PlannedTensor
 from ..residency.forms import Residency, VirtualWeight, resident
 from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
+from .progress import progress
 from .trained import TrainedTensors
 
 
@@ -58,6 +59,11 @@ def check_loadable(model: nn.Module, plan: Plan) -> None:
 
 def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") -> None:
     """Give every frozen tensor of the base model its value: the scaffold in one parallel pass, in place."""
+    with progress("Drawing the scaffold", sum(spec.numel for spec in plan.scaffold.values())) as done:
+        _materialise(model, plan, residency, done)
+
+
+def _materialise(model: nn.Module, plan: Plan, residency: Residency, done: Callable[[int], None]) -> None:
     draws = {}
     for tensor in plan.tensors:
         if tensor.role == "trained":
@@ -66,6 +72,7 @@ def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") ->
         if residency != "dense" and isinstance(tensor.base, ScaffoldTensor) and can_be_virtual(model, tensor):
             device = "cpu" if live.is_meta else live.device
             _replace(model, tensor, resident(tensor.base, residency, live.dtype, device))
+            done(tensor.base.numel)
             continue
         if live.is_meta:
             live = _replace(model, tensor, torch.empty(live.shape, dtype=live.dtype))
@@ -74,7 +81,7 @@ def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") ->
         elif tensor.base is not None:
             with torch.no_grad():
                 live.copy_(tensor.base)
-    draw_into(draws)
+    draw_into(draws, done=done)
 
 
 def can_be_virtual(model: nn.Module, tensor: PlannedTensor) -> bool:
@@ -112,16 +119,21 @@ class BaseTensors:
             if dense and can_be_virtual(self.model, tensor):
                 assert isinstance(tensor.base, ScaffoldTensor)
                 self.verify(tensor.path, tensor.base)
-        for tensor in bare:
-            live = getattr(*owner_of(self.model, tensor.path))
-            if residency == "dense":
-                if isinstance(live, VirtualWeight):
-                    _replace(self.model, tensor, live.dense())
-            elif isinstance(live, VirtualWeight):
-                live.hold(residency)
-            elif can_be_virtual(self.model, tensor):
-                assert isinstance(tensor.base, ScaffoldTensor)
-                _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
+        with progress("Changing the residency", sum(tensor.survey.numel for tensor in bare)) as done:
+            for tensor in bare:
+                self._hold(tensor, residency)
+                done(tensor.survey.numel)
+
+    def _hold(self, tensor: PlannedTensor, residency: Residency) -> None:
+        live = getattr(*owner_of(self.model, tensor.path))
+        if residency == "dense":
+            if isinstance(live, VirtualWeight):
+                _replace(self.model, tensor, live.dense())
+        elif isinstance(live, VirtualWeight):
+            live.hold(residency)
+        elif can_be_virtual(self.model, tensor):
+            assert isinstance(tensor.base, ScaffoldTensor)
+            _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
 
     def is_bare(self, path: str) -> bool:
         """Whether the live tensor is the base model's own: nothing trained stands there, nothing is merged into it."""

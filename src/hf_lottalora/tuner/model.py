@@ -28,6 +28,7 @@ from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
 from .base_model import BaseTensors, check_loadable, materialise, other_dtypes
 from .merging import Merging
+from .progress import progress
 from .reseed import SeedSwitching
 from .second_adapter import check_second_adapter
 from .trained import TrainedTensors
@@ -357,8 +358,11 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         Raises:
             ValueError: a weight differs; the first such tensor is named. Also while adapters are merged.
         """
-        for path, spec in self.get_plan().scaffold.items():
-            self.base.verify(path, spec, full)
+        scaffold = self.get_plan().scaffold
+        with progress("Verifying the scaffold", sum(spec.numel for spec in scaffold.values())) as done:
+            for path, spec in scaffold.items():
+                self.base.verify(path, spec, full)
+                done(spec.numel)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
