@@ -194,7 +194,7 @@ def test_a_model_that_was_resized_later_is_refused_before_anything_is_overwritte
 ) -> None:
     model, folder = saved
     before = (folder / WEIGHTS).read_bytes()
-    model.resize_token_embeddings(120)
+    model.get_base_model().resize_token_embeddings(120)
     with pytest.raises(ValueError, match=r"embed_tokens.weight' with shape \(120, 32\).* before get_peft_model"):
         model.save_pretrained(folder)
     assert (folder / WEIGHTS).read_bytes() == before

@@ -173,6 +173,11 @@ class BaseTensors:
             ValueError: they differ.
         """
         live = getattr(*owner_of(self.model, path)).detach()
+        if live.shape != spec.shape:
+            raise ValueError(
+                f"{path!r} has shape {tuple(live.shape)}, but what seed {spec.seed} draws for {spec.name!r} has "
+                f"{spec.shape}. Change a model (its vocabulary, say) before get_peft_model."
+            )
         if not (live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs)):
             raise ValueError(
                 f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "

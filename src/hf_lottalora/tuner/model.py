@@ -184,6 +184,24 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                 path = names[f"{adapter.path}.weight"].removesuffix(".weight")
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused, unless the vocabulary has that size: its tensors are planned, and drawn, adapted or trained.
+
+        Raises:
+            ValueError: the size is another one.
+        """
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        size = len(embeddings.weight)
+        padding = kwargs.get("pad_to_multiple_of", args[0] if args else None) or 1
+        wanted = -(-(new_num_tokens or size) // padding) * padding
+        if wanted != size:
+            raise ValueError(
+                f"The vocabulary has {size} entries and cannot become {wanted} under a LottaLoRA adapter. Call "
+                "resize_token_embeddings on the base model before get_peft_model, or, when training is over, on what "
+                "merge_and_unload() returns."
+            )
+        return embeddings
+
     # ---- switching ------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
