@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import bert, config, llama, logits, mlp, perturb
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM, AutoLottaLoraModelForSequenceClassification
 
+RANK = 12  # a multiple of every number of groups below
 BASES = {
     "linear": lambda: nn.Linear(12, 5),
     "square": lambda: nn.Linear(12, 12),
@@ -22,7 +23,8 @@ BASES = {
     "Conv1D": lambda: Conv1D(12, 12),
     "conv": lambda: nn.Conv2d(12, 12, 3, padding=1),
     "conv that shrinks": lambda: nn.Conv2d(12, 6, 3, stride=2),
-    "depthwise": lambda: nn.Conv1d(12, 12, 3, padding="same", groups=4),
+    "groups": lambda: nn.Conv1d(12, 12, 3, padding="same", groups=4),
+    "depthwise": lambda: nn.Conv2d(12, 24, (3, 2), stride=2, groups=12),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
@@ -35,17 +37,16 @@ CASES = [
     (base, option)
     for base in BASES
     for option in OPTIONS
-    if not ("layer_norm" in OPTIONS[option] and "conv" in base.lower() and base != "Conv1D")
-    and not (base == "depthwise" and option != "residual")
+    if not ("layer_norm" in OPTIONS[option] and base in ("conv", "conv that shrinks", "depthwise", "groups"))
 ]
 
 
 def build(base: str, option: str, dtype: torch.dtype = torch.float64) -> tuple[PeftModel, Any, torch.Tensor]:
     model = get_peft_model(
-        nn.Sequential(BASES[base]()), config(target_modules=["0"], lora_alpha=6, **OPTIONS[option])
+        nn.Sequential(BASES[base]()), config(r=RANK, target_modules=["0"], lora_alpha=6, **OPTIONS[option])
     ).to(dtype)
     perturb(model)
-    dims = {"conv": 2, "conv that shrinks": 2, "depthwise": 1}.get(base, 0)
+    dims = {"conv": 2, "conv that shrinks": 2, "groups": 1, "depthwise": 2}.get(base, 0)
     shape = (2, 12, *([7] * dims)) if dims else (2, 3, 12)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
     return model, model.base_model.model[0], x.requires_grad_()
@@ -58,13 +59,14 @@ def literal(layer: Any, x: torch.Tensor) -> torch.Tensor:
     groups = getattr(base, "groups", 1)
     parts = [b.flatten(1) @ a.flatten(1) for a, b in zip(A.chunk(groups), B.chunk(groups), strict=True)]
     W = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    V = layer.lora_beta[name] * W + 6 / 4 * torch.cat(parts).view(W.shape)
+    V = layer.lora_beta[name].value * W + 6 / RANK * torch.cat(parts).view(W.shape)
     if name in layer.lora_magnitude:
         # The norm counts as a constant (DoRA, section 4.3).
-        magnitude = layer.lora_magnitude[name]
-        dims = [0] if len(magnitude) == 1 else list(range(1, V.dim()))  # of shape (1, inputs, ...) or (outputs,)
-        norm = V.detach().square().sum(dims, keepdim=True).sqrt()
-        V = magnitude.view_as(norm) / norm * V
+        magnitude = layer.lora_magnitude[name].value  # of shape (outputs,) or (groups, inputs of a group, ...)
+        matrices = V.unflatten(0, (groups, -1))
+        dims = list(range(2, matrices.dim())) if magnitude.dim() == 1 else [1]
+        norm = matrices.detach().square().sum(dims, keepdim=True).sqrt()
+        V = (magnitude.view_as(norm) / norm * matrices).flatten(0, 1)
     if V.dim() == 2:
         y = F.linear(x, V, base.bias)
     else:
@@ -73,7 +75,7 @@ def literal(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if layer.residual[name] and y.shape == x.shape:
         y = y + x
     if name in layer.lora_norm_weight:
-        y = F.layer_norm(y, y.shape[-1:], layer.lora_norm_weight[name], layer.lora_norm_bias[name])
+        y = F.layer_norm(y, y.shape[-1:], layer.lora_norm_weight[name].value, layer.lora_norm_bias[name].value)
     return y
 
 
@@ -138,7 +140,7 @@ def test_dora_starts_as_the_layer_without_it(per: str) -> None:
     plain = get_peft_model(llama(), config())
     dora = get_peft_model(llama(), config(use_dora=True, dora_magnitude=per))
     torch.testing.assert_close(logits(dora), logits(plain))
-    magnitude = dora.base_model.model.model.layers[0].self_attn.q_proj.lora_magnitude["default"]
+    magnitude = dora.base_model.model.model.layers[0].self_attn.q_proj.lora_magnitude["default"].value
     weight = dora.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     torch.testing.assert_close(
         magnitude.detach(), weight.norm(dim=0, keepdim=True) if per == "inputs" else weight.norm(dim=1)
@@ -179,10 +181,30 @@ def test_going_on_without_the_residual_is_refused(tmp_path: Path) -> None:
         get_peft_model(llama(), config()).load_adapter(tmp_path, "default")
 
 
-@pytest.mark.parametrize("options", [{"layer_norm": True}, {"use_dora": True}])
-def test_convolutions_that_cannot(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="is not supported on convolutions, and '0' is one"):
-        get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), config(target_modules=["0"], **options))
+def test_convolutions_that_cannot() -> None:
+    with pytest.raises(ValueError, match="layer_norm is not supported on convolutions, and '0' is one"):
+        get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), config(target_modules=["0"], layer_norm=True))
+
+
+@pytest.mark.parametrize("base", ["linear", "Conv1D", "conv", "conv that shrinks"])
+def test_dora_is_pefts_where_beta_is_one(base: str) -> None:
+    """PEFT's own on grouped convolutions takes norms of another product, so the literal equation stands for those."""
+    model, layer, x = build(base, "dora")
+    torch.manual_seed(0)
+    theirs = get_peft_model(
+        nn.Sequential(BASES[base]()),
+        LoraConfig(r=RANK, target_modules=["0"], lora_alpha=6, use_dora=True, fan_in_fan_out=base == "Conv1D"),
+    ).to(torch.float64)
+    peft = theirs.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_beta["default"].value.fill_(1)
+        peft.base_layer.weight.copy_(layer.base_layer.weight)
+        peft.base_layer.bias.copy_(layer.base_layer.bias)
+        peft.lora_A["default"].weight.copy_(layer.lora_A["default"].weight)
+        peft.lora_B["default"].weight.copy_(layer.lora_B["default"].weight)
+        magnitude = peft.lora_magnitude_vector["default"].weight
+        magnitude.copy_(layer.lora_magnitude["default"].value.view_as(magnitude))
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-10, atol=1e-10)
 
 
 def test_head_modes(tmp_path: Path) -> None:
@@ -196,7 +218,7 @@ def test_head_modes(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / head)
         again = AutoLottaLoraModelForSequenceClassification.from_pretrained(tmp_path / head)
         assert torch.equal(logits(again), logits(model))
-    adapter = {"lora_A.default.weight", "lora_B.default.weight", "lora_beta.default"}
+    adapter = {"lora_A.default.weight", "lora_B.default.weight", "lora_beta.default.norm"}
     assert trained == {"train": {"weight", "bias"}, "lora": adapter, "lora_bias": {*adapter, "base_layer.bias"}}
 
 

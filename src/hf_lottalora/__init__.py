@@ -5,7 +5,7 @@ Each folder is a wing, which imports from those before it in this list and never
 - `scaffold`: numbers from a seed. Read `draw`, `families` and `scales`, then `tensor` (one drawn tensor).
 - `residency`: a drawn weight that is packed, or not in memory at all.
 - `options` and `config`: every option, documented once.
-- `layers`: the equation. Read `functional`, `layer`, `linear`, then `conv` and `embedding`.
+- `layers`: the equation. Read `functional`, `layer`, `linear`, then `conv`, `embedding`, `attention`.
 - `plan`: what becomes of each tensor of a model, decided before it is touched. Read `survey`, `plan`, `planner`.
 - `artifact`: what is on disk and on the hub, and loading a model from nothing else.
 - `tuner`: the PEFT tuner that carries a plan out. Read `model` first.
@@ -32,6 +32,7 @@ from .scaffold.draw import FORMAT_VERSION  # noqa: E402
 from .scaffold.families import FAMILIES, Family, get_family, register_family  # noqa: E402
 from .scaffold.tensor import ScaffoldTensor  # noqa: E402
 from .tuner.distributed import RanksAgreeCallback, check_ranks_agree  # noqa: E402
+from .tuner.groups import parameter_groups  # noqa: E402
 from .tuner.model import LottaLoraModel  # noqa: E402
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "get_family",
     "make_plan",
     "minimum_sufficient_rank",
+    "parameter_groups",
     "register_family",
 ]
 __all__ += _auto_classes.__all__

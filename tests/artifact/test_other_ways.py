@@ -157,25 +157,11 @@ def test_a_vocabulary_is_resized_before_or_after(tmp_path: Path, embeddings: str
     torch.testing.assert_close(logits(merged)[..., :99], before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("embeddings", ["train", "frozen"])
-def test_one_that_was_resized_under_the_adapter_is_not_saved(tmp_path: Path, embeddings: str) -> None:
-    model = get_peft_model(llama(), config(embeddings=embeddings))
-    model.get_base_model().resize_token_embeddings(120)
-    with pytest.raises(ValueError, match=r"shape \(120, 32\).* before get_peft_model"):
-        model.save_pretrained(tmp_path)
-    assert not (tmp_path / "adapter_model.safetensors").exists()
-    if embeddings == "frozen":
-        with pytest.raises(
-            ValueError, match=r"'model.embed_tokens.weight' has shape \(120, 32\), but what seed 42 draws"
-        ):
-            model.verify_scaffold()
-
-
 def test_a_layer_of_another_shape_is_not_saved(tmp_path: Path) -> None:
     """The kind: what is drawn on loading would have the planned shape, whatever stands there now."""
     model = get_peft_model(llama(), config())
     layer = model.get_base_model().model.layers[1].mlp.down_proj
     layer.weight = nn.Parameter(torch.cat([layer.weight, layer.weight]), requires_grad=False)
-    with pytest.raises(ValueError, match=r"down_proj.weight' has shape \(64, 48\)"):
+    with pytest.raises(ValueError, match=r"down_proj.weight' with shape \(64, 48\)"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_model.safetensors").exists()

@@ -19,7 +19,7 @@ from hf_lottalora.experiments.beta_report import spectral_norm
 def with_betas(values: list[float]) -> nn.Module:
     model = get_peft_model(llama(), config())
     for layer, value in zip([m for m in model.modules() if hasattr(m, "lora_beta")], values, strict=True):
-        layer.lora_beta["default"].data.fill_(value)
+        layer.lora_beta["default"].value.data.fill_(value)
     return model
 
 

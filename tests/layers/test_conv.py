@@ -62,7 +62,7 @@ def literal(layer: ScaffoldConv, x: torch.Tensor, name: str = "default") -> torc
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     groups = base.groups
     products = [b.flatten(1) @ a.flatten(1) for a, b in zip(A.chunk(groups), B.chunk(groups), strict=True)]
-    kernel = layer.lora_beta[name] * base.weight + 6 / 8 * torch.cat(products).view(base.weight.shape)
+    kernel = layer.lora_beta[name].value * base.weight + 6 / 8 * torch.cat(products).view(base.weight.shape)
     if base.padding_mode != "zeros":
         x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
     padding = base.padding if base.padding_mode == "zeros" else 0
@@ -108,9 +108,16 @@ def test_double_backward() -> None:
     x = image("2d groups")
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     (literal_gradient,) = torch.autograd.grad(literal(layer, x).square().sum(), x, create_graph=True)
-    beta = layer.lora_beta["default"]
+    beta = layer.lora_beta["default"].value
     second = [torch.autograd.grad(g.square().sum(), beta)[0] for g in (gradient, literal_gradient)]
     torch.testing.assert_close(*second)
+
+
+@pytest.mark.parametrize("case", ["2d groups", "2d depthwise"])
+def test_dora_with_groups_computes_with_the_kernel_that_test_options_checks(case: str) -> None:
+    _, layer = adapted(case, use_dora=True)
+    x, base = image(case), layer.base_layer
+    torch.testing.assert_close(layer(x), base._conv_forward(x, layer._summed_weight(["default"]), base.bias))
 
 
 def test_several_adapters_dropout_and_disabling() -> None:
@@ -123,7 +130,7 @@ def test_several_adapters_dropout_and_disabling() -> None:
     model.add_adapter("other", config(r=4, target_modules=["0"]))
     model.base_model.set_adapter(["default", "other"])
     with torch.no_grad():
-        layer.lora_beta["other"].fill_(1.5)
+        layer.lora_beta["other"].value.fill_(1.5)
     base = F.conv2d(x, layer.base_layer.weight, None, padding=1)
     torch.testing.assert_close(layer(x), literal(layer, x) + 0.5 * base)
     with model.disable_adapter():
@@ -136,7 +143,7 @@ def test_autocast_keeps_to_bfloat16() -> None:
         y = layer(image("2d", torch.float32))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert layer.lora_beta["default"].grad.dtype == torch.float32
+    assert layer.lora_beta["default"].value.grad.dtype == torch.float32
 
 
 def bytes_kept(layer: nn.Module, x: torch.Tensor) -> int:
@@ -169,7 +176,7 @@ def test_one_kernel_where_it_is_cheaper(channels: int, one_kernel: bool, monkeyp
 def test_what_cannot_be_adapted() -> None:
     with pytest.raises(ValueError, match=r"with groups=4: its rank must be a multiple of that, got r=6"):
         make_plan(network("2d groups"), config(r=6, target_modules=["0"]))
-    with pytest.raises(ValueError, match=r"matches '0', a ConvTranspose2d. Adapters go on nn.Linear, Conv1D and"):
+    with pytest.raises(ValueError, match=r"matches '0', a ConvTranspose2d. Adapters go on nn.Linear, Conv1D, "):
         make_plan(nn.Sequential(nn.ConvTranspose2d(8, 8, 3)), config(target_modules=["0"]))
     assert not any(a.kind == "conv" for a in make_plan(_mixed(), config(target_modules="all-linear")).adapters)
 

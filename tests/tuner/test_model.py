@@ -20,7 +20,7 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def adapter_names(paths: list[str]) -> set[str]:
-    kinds = ("lora_A.default.weight", "lora_B.default.weight", "lora_beta.default")
+    kinds = ("lora_A.default.weight", "lora_B.default.weight", "lora_beta.default.norm")
     return {f"{path}.{kind}" for path in paths for kind in kinds}
 
 

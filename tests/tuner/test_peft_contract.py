@@ -150,7 +150,7 @@ def test_adding_switching_and_deleting(redraw: str) -> None:
     assert not torch.equal(both, first) and not torch.equal(both, second)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
-    assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad and "beta" in n} == {"default"}
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad and "beta" in n} == {"default"}
     model.delete_adapter("other")
     assert list(model.peft_config) == ["default"] and not any(".other" in name for name in model.state_dict())
     assert torch.equal(logits(model), first)

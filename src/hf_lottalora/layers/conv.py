@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import _ConvNd
 from torch import nn
 
-from .functional import ScaledConv, matmul_dtype, without_autocast
+from .functional import ScaledConv, matmul_dtype
 from .layer import ScaffoldLayer
 
 
@@ -50,7 +50,7 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
         if self._magnitude_is_per_input(adapters[0]) or (not dropout and self._one_kernel_is_cheaper(adapters)):
             base = self.get_base_layer()
             bias = None if base.bias is None else base.bias.to(x.dtype)
-            y: torch.Tensor = base._conv_forward(x, self._kernel(adapters).to(x.dtype), bias)
+            y: torch.Tensor = base._conv_forward(x, self._summed_weight(adapters).to(x.dtype), bias)
         else:
             y = self._convolved_apart(x, adapters)
         return self._finished(y, x, adapters, channels=self._channels)
@@ -68,19 +68,6 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
         outputs, inputs = weight.shape[0], weight[0].numel()
         r = max(16, sum(self.r[name] for name in adapters))
         return bool(3 * r * (outputs + inputs) >= outputs * inputs)
-
-    def _kernel(self, adapters: list[str]) -> torch.Tensor:
-        """`beta W + scaling B A` of all active adapters, with DoRA's magnitude: W's shape, at least float32."""
-        weight = self.get_base_layer().weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        with without_autocast(weight):
-            kernel = self._total_beta(adapters).to(exact) * weight.to(exact)
-            for name in adapters:
-                A, B = (tensor.to(exact) for tensor in self._pair(name))
-                kernel = kernel + self.scaling[name] * self._product(A, B)
-            if adapters[0] in self.lora_magnitude:
-                kernel = self._with_magnitude_in(kernel, adapters[0])
-        return kernel
 
     def _convolved_apart(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         base = self.get_base_layer()

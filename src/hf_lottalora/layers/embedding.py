@@ -19,7 +19,13 @@ class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
 
     def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
-        y: torch.Tensor = ScaledEmbedding.apply(self._total_beta(adapters), x, self.base_layer)
+        beta, base = self._total_beta(adapters), self.base_layer
+        y: torch.Tensor
+        if any(parameter.requires_grad for parameter in base.parameters()):
+            rows = base(x)
+            y = rows * beta.to(rows.dtype)
+        else:
+            y = ScaledEmbedding.apply(beta, x, base.weight, base)
         scale = self._get_embed_scale()
         for name in adapters:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))

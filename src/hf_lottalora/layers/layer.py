@@ -19,16 +19,44 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..config import LottaLoraConfig
 from ..scaffold.tensor import ScaffoldTensor
 from .functional import without_autocast
+
+# Trainer decides by names alone (`get_decay_parameter_names`): it decays no bias and no norm. And these are norms: a
+# magnitude that of a row or column, beta that of the scaffold, in units of the drawn one.
+UNDECAYED, DECAYED = "norm", "weight"
+
+
+class AdapterTensor(nn.Module):
+    """Beta, a magnitude, or weight or bias of a LayerNorm: a tensor of one adapter, as a module like A and B are.
+
+    Tools find an adapter's parameters by its name between dots, and Trainer what to decay by the last name: it has no
+    other hook. In artifacts the last name does not occur.
+    """
+
+    def __init__(self, value: torch.Tensor, decayed: bool) -> None:
+        super().__init__()
+        self.name = DECAYED if decayed else UNDECAYED
+        self.register_parameter(self.name, nn.Parameter(value))
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The parameter."""
+        parameter: nn.Parameter = getattr(self, self.name)
+        return parameter
 
 
 class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     """What LottaLoRA adds to a PEFT LoRA layer: beta, and a base weight that can be drawn again."""
 
-    adapter_layer_names = (
-        *lora.LoraLayer.adapter_layer_names, "lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias"
-    )  # fmt: skip
+    own_tensors = ("lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias")
+    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, *own_tensors)
+    other_param_names = (*lora.LoraLayer.other_param_names, "residual")
+    lora_beta: dict[str, AdapterTensor]  # each of them a ModuleDict
+    lora_magnitude: dict[str, AdapterTensor]
+    lora_norm_weight: dict[str, AdapterTensor]
+    lora_norm_bias: dict[str, AdapterTensor]
 
     # How the base weight was drawn; None where a pretrained weight was kept.
     scaffold: ScaffoldTensor | None = None
@@ -37,23 +65,29 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     _unmerged_weight: torch.Tensor | None = None
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        if not isinstance(config, LottaLoraConfig):
+            raise ValueError(
+                f"A {type(config).__name__} would put its adapter into the layers of a LottaLoRA model. Call "
+                "merge_and_unload() or unload() on that model first."
+            )
         if "lora_beta" not in self._modules:
-            self.lora_beta, self.lora_magnitude = nn.ParameterDict(), nn.ParameterDict()
-            self.lora_norm_weight, self.lora_norm_bias = nn.ParameterDict(), nn.ParameterDict()
+            for kind in self.own_tensors:
+                self.register_module(kind, nn.ModuleDict())
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             self.residual: dict[str, bool] = {}
             self._made: set[str] = set()
         self._made.discard(adapter_name)
-        self.lora_beta[adapter_name] = nn.Parameter(torch.ones(1))
+        decayed: bool = config.decay_beta
+        self.lora_beta[adapter_name] = AdapterTensor(torch.ones(1), decayed)
         self.residual[adapter_name] = config.residual
         if config.use_dora:
             W = self.get_base_layer().weight
             W = W.t() if self._weight_is_IO else W
-            per_input = config.dora_magnitude == "inputs"
-            self.lora_magnitude[adapter_name] = nn.Parameter(torch.ones((1, *W.shape[1:]) if per_input else len(W)))
+            shape = (self._groups, *W.shape[1:]) if config.dora_magnitude == "inputs" else len(W)
+            self.lora_magnitude[adapter_name] = AdapterTensor(torch.ones(shape), decayed)
         if config.layer_norm:
-            self.lora_norm_weight[adapter_name] = nn.Parameter(torch.ones(self.out_features))
-            self.lora_norm_bias[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
+            self.lora_norm_weight[adapter_name] = AdapterTensor(torch.ones(self.out_features), decayed)
+            self.lora_norm_bias[adapter_name] = AdapterTensor(torch.zeros(self.out_features), decayed)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self._made.add(adapter_name)
 
@@ -65,6 +99,11 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         for tensor in self.adapter_parameters(adapter_name):
             tensor.data = tensor.data.to("meta" if tensor.is_meta else device or W.device, dtype)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; all that is kept here per adapter goes with it."""
+        self._made.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Those of one adapter here, in an order that does not change."""
         for role in self.adapter_layer_names:
@@ -73,6 +112,15 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
                 item = held[adapter_name]
                 yield from item.parameters() if isinstance(item, nn.Module) else (item,)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take state dicts of whole models with the names of 0.1 (`lora_beta.default`), or of another decay_beta."""
+        for kind in self.own_tensors:
+            for name, held in getattr(self, kind).items():
+                stem = f"{prefix}{kind}.{name}"
+                for other in {stem, f"{stem}.{UNDECAYED}", f"{stem}.{DECAYED}"} & state_dict.keys():
+                    state_dict[f"{stem}.{held.name}"] = state_dict.pop(other)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def freeze_beta(self, adapter_name: str) -> None:
         """Beta stays as it is, whatever PEFT switches on."""
         self.frozen_peft_weight_names[adapter_name] = ("lora_beta",)
@@ -80,6 +128,10 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
         """None: PEFT's variants would bypass beta. What there is of DoRA is here."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: `(beta - 1) W` is of full rank, and what is trained beside the layers would be left out."""
+        return False
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Nothing: the tuner draws A and B from the stream, by name (`init_adapter`)."""
@@ -103,7 +155,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             with torch.no_grad():
                 tensor.copy_(spec.draw(tensor.dtype, tensor.device))
         if adapter_name in self.lora_magnitude:
-            self.lora_magnitude[adapter_name].data.copy_(self._norms(adapter_name))
+            self.lora_magnitude[adapter_name].value.data.copy_(self._norms(adapter_name))
 
     def _active(self) -> list[str]:
         adapters = [name for name in self.active_adapters if name in self.lora_beta]
@@ -112,8 +164,9 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def _total_beta(self, adapters: list[str]) -> torch.Tensor:
         if len(adapters) == 1:
-            return self.lora_beta[adapters[0]]
-        return 1 + sum(self.lora_beta[name] - 1 for name in adapters)
+            return self.lora_beta[adapters[0]].value
+        changes: Any = sum(self.lora_beta[name].value - 1 for name in adapters)
+        return 1 + changes
 
     def original_weight(self) -> torch.Tensor:
         """The base weight without any adapter, in the dtype it is held in: drawn again, or the kept one."""
@@ -135,7 +188,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         exact = torch.promote_types(original.dtype, torch.float32)
         A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
         product = self._product(A, B) * self.scaling[adapter]
-        summed = self.lora_beta[adapter].detach().to(exact) * original.to(exact) + product
+        summed = self.lora_beta[adapter].value.detach().to(exact) * original.to(exact) + product
         if adapter in self.lora_magnitude:
             summed = self._with_magnitude_in(summed, adapter)
         if self.residual[adapter] and self._keeps_shape:
@@ -143,8 +196,21 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             summed = summed + (nn.init.eye_(identity) if summed.dim() == 2 else self._dirac(identity))
         return summed - original.to(exact)
 
+    def _summed_weight(self, adapters: list[str]) -> torch.Tensor:
+        """`beta W + scaling B A` of all active adapters, with DoRA's magnitude: W's shape, at least float32."""
+        weight = self.get_base_layer().weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        with without_autocast(weight):
+            total = self._total_beta(adapters).to(exact) * weight.to(exact)
+            for name in adapters:
+                A, B = (tensor.to(exact) for tensor in self._pair(name))
+                total = total + self.scaling[name] * self._product(A, B)
+            if adapters[0] in self.lora_magnitude:
+                total = self._with_magnitude_in(total, adapters[0])
+        return total
+
     def _magnitude_is_per_input(self, name: str) -> bool:
-        return name in self.lora_magnitude and self.lora_magnitude[name].dim() > 1
+        return name in self.lora_magnitude and self.lora_magnitude[name].value.dim() > 1
 
     @torch.no_grad()
     def _norms(self, adapter: str) -> torch.Tensor:
@@ -153,27 +219,35 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         W = W.t() if self._weight_is_IO else W.flatten(1)
         exact = torch.promote_types(W.dtype, torch.float32)
         A, B = (tensor.to(exact).flatten(1) for tensor in self._pair(adapter))
+        W, A, B = (tensor.unflatten(0, (self._groups, -1)).squeeze(0) for tensor in (W, A, B))
         if self._magnitude_is_per_input(adapter):
-            W, A, B = W.t(), B.t(), A.t()
-        beta, s = self.lora_beta[adapter].to(exact), self.scaling[adapter]
+            W, A, B = W.mT, B.mT, A.mT
+        beta, s = self.lora_beta[adapter].value.to(exact), self.scaling[adapter]
         W = W.to(exact)
         with without_autocast(W):
-            cross, low_rank = (W @ A.t() * B).sum(1), (B @ (A @ A.t()) * B).sum(1)
-            square = beta**2 * W.square().sum(1) + 2 * beta * s * cross + s**2 * low_rank
-        return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter])
+            cross, low_rank = (W @ A.mT * B).sum(-1), (B @ (A @ A.mT) * B).sum(-1)
+            square = beta**2 * W.square().sum(-1) + 2 * beta * s * cross + s**2 * low_rank
+        return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter].value)
+
+    @property
+    def _groups(self) -> int:
+        """Groups of a convolution: its weight is so many matrices, each of some outputs and inputs."""
+        return int(getattr(self.get_base_layer(), "groups", 1))
 
     def _magnitude_over_norms(self, name: str) -> torch.Tensor:
-        """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(1, I, ...)`.
+        """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(groups, I / groups, ...)`.
 
         No gradient passes through the norms, as in PEFT.
         """
-        return self.lora_magnitude[name] / self._norms(name)
+        return self.lora_magnitude[name].value / self._norms(name)
 
     def _with_magnitude_in(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         """Multiply a weight in the layout of W by DoRA's factor."""
         factor = self._magnitude_over_norms(name).to(weight.dtype)
         if not self._magnitude_is_per_input(name):
             factor = factor.view(-1, *(1 for _ in weight.shape[1:]))
+        elif self._groups > 1:
+            factor = factor.repeat_interleave(len(weight) // self._groups, dim=0)
         return weight * (factor.t() if self._weight_is_IO else factor)
 
     def _with_magnitude(
@@ -192,7 +266,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if self.residual[name] and self._keeps_shape:
             y = y + x
         if name in self.lora_norm_weight:
-            weight, bias = self.lora_norm_weight[name].to(y.dtype), self.lora_norm_bias[name].to(y.dtype)
+            weight, bias = (held[name].value.to(y.dtype) for held in (self.lora_norm_weight, self.lora_norm_bias))
             y = F.layer_norm(y, (y.shape[-1],), weight, bias)
         return y
 
@@ -239,7 +313,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
         if not self.merged and not (self.scaffold is not None and self.scaffold.is_in(original)):
             self._unmerged_weight = original.clone()
-        weight.data.copy_(merged)
+        with torch.no_grad():  # not by way of .data: the backward pass of an earlier forward pass must be an error
+            weight.copy_(merged)
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
@@ -247,7 +322,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if not self.merged:
             super().unmerge()  # warns
             return
-        self.get_base_layer().weight.data.copy_(self.original_weight())
+        with torch.no_grad():
+            self.get_base_layer().weight.copy_(self.original_weight())
         self.merged_adapters.clear()
         self._unmerged_weight = None
 

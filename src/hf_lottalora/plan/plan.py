@@ -20,7 +20,7 @@ MANIFEST_KEY = "lottalora_manifest"
 PREFIX = "base_model.model."  # PEFT's prefix of every key in an adapter file
 
 Role = Literal["scaffold", "trained", "kept"]
-AdapterKind = Literal["linear", "conv", "embedding", "tied_head"]
+AdapterKind = Literal["linear", "conv", "embedding", "tied_head", "projection"]
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -70,7 +70,10 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """A, B, beta and their options over one module; a tied head shares those of the input embedding."""
+    """A, B, beta and their options over one module; a tied head shares those of the input embedding.
+
+    For one of several matrices of a module, `matrix` is its path there, and the adapter's own lies below the module's.
+    """
 
     path: str
     kind: AdapterKind
@@ -84,15 +87,26 @@ class PlannedAdapter:
     dora: Magnitude | None = None
     layer_norm: bool = False
     residual: bool = False
+    matrix: str = ""
+
+    @property
+    def module(self) -> str:
+        """Path of the module that PEFT wraps."""
+        return self.path.rpartition(".")[0] if self.matrix else self.path
+
+    @property
+    def weight(self) -> str:
+        """Path of the adapted tensor."""
+        return f"{self.module}.{self.matrix or 'weight'}"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the adapter's tensors by their name in the artifact, below the module's path."""
         r, d_in, d_out = self.r, self.in_features, self.out_features
-        if self.kind in ("linear", "conv"):
+        if self.kind in ("linear", "conv", "projection"):
             A, B = (r, d_in // self.groups, *self.kernel), (d_out, r // self.groups, *(1 for _ in self.kernel))
             shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": A, "lora_B.weight": B, "lora_beta": (1,)}
-            magnitude = {"outputs": (d_out,), "inputs": (1, *A[1:])}
+            magnitude = {"outputs": (d_out,), "inputs": (self.groups, *A[1:])}
             shapes.update({"lora_magnitude": magnitude[self.dora]} if self.dora else {})
             shapes.update({"lora_norm_weight": (d_out,), "lora_norm_bias": (d_out,)} if self.layer_norm else {})
             return shapes
@@ -117,6 +131,8 @@ class Plan(Reported):
         tensors: one entry per distinct tensor of the base model.
         adapters: one entry per adapted module.
         seed: the scaffold's.
+        targets: paths of the modules that carry an adapter, the token embedding apart.
+        rule: why these, for people to read.
         digests: filled once, by `scaffold_digests`.
     """
 
@@ -124,6 +140,8 @@ class Plan(Reported):
     tensors: tuple[PlannedTensor, ...]
     adapters: tuple[PlannedAdapter, ...]
     seed: int
+    targets: tuple[str, ...] = ()
+    rule: str = ""
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -140,6 +158,11 @@ class Plan(Reported):
     def saved(self) -> dict[str, PlannedTensor]:
         """The tensors of the base model that the artifact contains, by path."""
         return {tensor.path: tensor for tensor in self.tensors if tensor.saved}
+
+    def trains_as(self, other: Plan) -> bool:
+        """Whether the two have adapters and trained tensors of the same places and sizes."""
+        mine, its = ({tensor.path for tensor in plan.with_role("trained")} for plan in (self, other))
+        return self.adapters == other.adapters and mine == its
 
     @property
     def adapter_parameters(self) -> int:

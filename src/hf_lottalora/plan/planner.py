@@ -55,13 +55,14 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
         ValueError: no module matches the targets, a target is of an unsupported type, options disagree on a tied
             tensor, a name in `modules_to_save` is not there, or the weights are quantised.
     """
+    config.check()
     extra = _modules_to_save(survey, config)
     _check_tied_options(survey, config, extra)
-    adapters = plan_adapters(survey, config, extra)
-    adapted = {adapter.path for adapter in adapters if adapter.kind != "tied_head"}
+    adapters, targets = plan_adapters(survey, config, extra)
+    adapted = {adapter.weight for adapter in adapters if adapter.kind != "tied_head"}
     planned = [_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors]
     tensors = tuple(_with_norm_of_direction(tensor, planned) for tensor in planned)
-    plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0))
+    plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0), tuple(sorted(targets.paths)), targets.rule)
     _check_patterns(plan, config)
     return plan
 
@@ -69,8 +70,7 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
 def _plan_tensor(
     tensor: SurveyedTensor, survey: Survey, config: LottaLoraConfig, extra: set[str], adapted: set[str]
 ) -> PlannedTensor:
-    owner = tensor.path.rpartition(".")[0]
-    role = _role(tensor, config, owner, extra, adapted)
+    role = _role(tensor, config, extra, adapted)
     if role == "scaffold":
         if not tensor.dtype.is_floating_point:
             raise ValueError(
@@ -96,18 +96,18 @@ def _with_norm_of_direction(tensor: PlannedTensor, planned: list[PlannedTensor])
     return replace(tensor, base=norm, start=norm, survey=replace(tensor.survey, arbitrary=False))
 
 
-def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: set[str], adapted: set[str]) -> Role:
+def _role(tensor: SurveyedTensor, config: LottaLoraConfig, extra: set[str], adapted: set[str]) -> Role:
     if tensor.kind == "buffer":
         return "kept"
     if under(tensor.path, extra) or any(under(alias, extra) for alias in tensor.aliases):
         return "trained"
     drawn: Role = "scaffold"
-    if config.redraw == "none" or (config.redraw == "targets" and owner not in adapted):
+    if config.redraw == "none" or (config.redraw == "targets" and tensor.path not in adapted):
         drawn = "kept"
     if tensor.kind == "embedding" or (tensor.kind == "parameter" and not tensor.in_head):
         if not tensor.init.random:
             return "kept"
-        if config.embeddings == "train" or (config.embeddings == "lora" and owner not in adapted):
+        if config.embeddings == "train" or (config.embeddings == "lora" and tensor.path not in adapted):
             return "trained"  # too small for an adapter, or not a module that can carry one
         return drawn if config.redraw != "targets" else "kept"
     if tensor.in_head and (config.head not in ADAPTED_HEADS or (config.head == "lora_bias" and tensor.kind == "bias")):
@@ -125,7 +125,7 @@ def _role(tensor: SurveyedTensor, config: LottaLoraConfig, owner: str, extra: se
 def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:
     """Refuse a key that does nothing."""
     drawn = [path.rpartition(".")[0] for path in plan.scaffold]
-    adapted = [adapter.path for adapter in plan.adapters]
+    adapted = [adapter.module for adapter in plan.adapters]
     for name, paths in (("family_pattern", drawn), ("seed_pattern", drawn), ("train_beta_pattern", adapted)):
         for key in getattr(config, name):
             if not any(get_pattern_key([key], path) == key for path in paths):

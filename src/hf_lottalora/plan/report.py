@@ -47,6 +47,7 @@ class Reported:
             parameters, trainable_parameters, adapter_parameters, scaffold_parameters: how many; the first of base and
                 adapters together, the third those of A, B and beta that are trained.
             artifact_bytes: about, as `print` says.
+            targets, rule: paths of the modules that carry an adapter, the token embedding apart, and why these.
             tensors: of the base model, each with path, aliases (all paths of a tied one), name (canonical), kind, role,
                 shape, dtype, parameters, bytes, saved, in_head, and `base` and `start`: what it is without adapters,
                 and how a trained copy starts. These are None for as it is, "constant" for the architecture's own, or
@@ -67,6 +68,8 @@ class Reported:
             "adapter_parameters": self.adapter_parameters,
             "scaffold_parameters": sum(spec.numel for spec in self.scaffold.values()),
             "artifact_bytes": self.artifact_bytes(),
+            "targets": list(self.targets),
+            "rule": self.rule,
             "tensors": [
                 {
                     "path": tensor.path,
@@ -121,6 +124,7 @@ class Reported:
             [
                 f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of "
                 f"which A, B and beta {self.adapter_parameters:,}",
+                f"adapters  on {len(self.targets)} layers ({self.rule})",
                 f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed",
             ],
         )

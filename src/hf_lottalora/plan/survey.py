@@ -6,8 +6,8 @@ The plan is made from a survey and a config alone, so that everything can be val
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..layers.attention import projections
 from ..paths import clean_modules, owner_of
+from .bases import check_unwrapped
 from .initialization import InitialValue, architecture_init
+from .structure import token_projections, weights_read
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "parameter", "buffer"]
 
@@ -34,6 +37,8 @@ class SurveyedTensor:
     Attributes:
         path: its path in the model, without PEFT's nesting; of the input embedding where tied.
         aliases: every path it is reachable by, `path` included.
+        holders: of these, one for each module that has it. They are fewer where a module that has it, or lies above
+            that one, is in several places.
         name: canonical name, `path` without the architecture's `base_model_prefix`.
         shape, dtype: of the live tensor.
         kind: what it is, by its owner: a matrix that is multiplied with, a look-up table, a norm's affine, ...
@@ -50,6 +55,7 @@ class SurveyedTensor:
 
     path: str
     aliases: tuple[str, ...]
+    holders: tuple[str, ...]
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -71,16 +77,26 @@ class SurveyedTensor:
 
 @dataclass(frozen=True)
 class SurveyedModule:
-    """A module that owns a weight matrix or table: its path, what PEFT would wrap it as, and its sizes."""
+    """A module that owns a weight matrix or table: its path, what PEFT would wrap it as, and its sizes.
+
+    `places` are the paths of the attributes that are it, more than one where a model uses it under several names: an
+    adapter, which takes its place, would take one of them. A module above that is shared counts once. One that has
+    several matrices has them in `matrices`: parameter below the module, outputs and inputs by name. `mixes_tokens` says
+    whether it projects what attends, or mixes tokens otherwise; `is_read` whether its weight is read without a call.
+    """
 
     path: str
-    kind: Literal["linear", "conv", "embedding", "other"]
+    places: tuple[str, ...]
+    kind: Literal["linear", "conv", "embedding", "projection", "other"]
     type_name: str
     in_features: int
     out_features: int
     in_head: bool
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    matrices: Mapping[str, tuple[str, int, int]] = field(default_factory=dict, hash=False)
+    mixes_tokens: bool = False
+    is_read: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,17 +134,21 @@ def survey_model(model: nn.Module) -> Survey:
     """Survey a model that carries no adapter yet. Changes nothing; the global random state stays as it is.
 
     Raises:
-        ValueError: two tensors would have the same canonical name.
+        ValueError: two tensors would have the same canonical name, or a module is wrapped, see `check_unwrapped`.
     """
+    check_unwrapped(model)
     paths: dict[int, list[str]] = {}
     owners: dict[int, tuple[nn.Module, str]] = {}
+    holders: dict[int, dict[tuple[int, str], str]] = {}
     for module_path, module in clean_modules(model):
         persistent = set(module._buffers) - module._non_persistent_buffers_set
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or (attribute in module._buffers and attribute not in persistent):
                 continue
-            paths.setdefault(id(tensor), []).append(f"{module_path}.{attribute}" if module_path else attribute)
+            path = f"{module_path}.{attribute}" if module_path else attribute
+            paths.setdefault(id(tensor), []).append(path)
             owners.setdefault(id(tensor), (module, attribute))
+            holders.setdefault(id(tensor), {}).setdefault((id(module), attribute), path)
 
     names = {id(module): path for path, module in reversed(list(clean_modules(model)))}
     input_embeddings = _embedding_module(model, "get_input_embeddings")
@@ -164,6 +184,7 @@ def survey_model(model: nn.Module) -> Survey:
             SurveyedTensor(
                 path=path,
                 aliases=tuple(aliases),
+                holders=tuple(holders[key].values()),
                 name=path.removeprefix(f"{base_prefix}.") if base_prefix else path,
                 shape=tuple(tensor.shape),
                 dtype=tensor.dtype,
@@ -268,16 +289,22 @@ def _fans(module: nn.Module, tensor: torch.Tensor) -> dict[str, int]:
 
 def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule]:
     seen: set[int] = set()
+    mixing, read = token_projections(model), weights_read(model)
+    places: dict[int, list[str]] = {}
+    for path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            places.setdefault(id(child), []).append(f"{path}.{name}" if path else name)
     for path, module in clean_modules(model):
         weight = getattr(module, "weight", None)
         if id(module) in seen or not (isinstance(weight, torch.Tensor) or isinstance(module, _RECURRENT)):
             continue
         seen.add(id(module))
         shape = weight.shape if isinstance(weight, torch.Tensor) else torch.Size()
-        kind: Literal["linear", "conv", "embedding", "other"] = "other"
+        kind: Literal["linear", "conv", "embedding", "projection", "other"] = "other"
         kernel: tuple[int, ...] = ()
+        matrices: dict[str, tuple[str, int, int]] = {}
         sizes, groups = (0, 0), 1
-        # nn.MultiheadAttention reads its output projection's weight past forward, so an adapter there would be dead.
+        # nn.MultiheadAttention reads its output projection's weight past forward: the adapter is on the whole of it.
         past_forward = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not past_forward:
             kind, sizes = "linear", (shape[1], shape[0])
@@ -288,7 +315,15 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
             kernel, groups = tuple(module.kernel_size), module.groups
         elif isinstance(module, nn.Embedding) and _looks_up_ids(module):
             kind, sizes = "embedding", (shape[0], shape[1])
-        yield SurveyedModule(path, kind, type(module).__name__, *sizes, in_head(f"{path}.weight"), kernel, groups)
+        elif isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+            kind = "projection"
+            for name, weight in projections(module).items():
+                outputs, inputs = module.get_parameter(weight).shape
+                matrices[name] = (weight, outputs, inputs)
+        where = tuple(places.get(id(module), (path,)))
+        head = in_head(f"{path}.weight")
+        said = (any(place in mixing for place in where), any(place in read for place in where))
+        yield SurveyedModule(path, where, kind, type(module).__name__, *sizes, head, kernel, groups, matrices, *said)
 
 
 def _looks_up_ids(module: nn.Embedding) -> bool:

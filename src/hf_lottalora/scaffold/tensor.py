@@ -102,6 +102,8 @@ class ScaffoldTensor:
 
     def is_in(self, tensor: torch.Tensor, full: bool = False, runs: int = RUNS) -> bool:
         """Whether a tensor holds what is drawn in its dtype: looks at sampled runs, or with `full` at every element."""
+        if tuple(tensor.shape) != self.shape:
+            return False
         if not self.exact:
             drawn = self.draw(tensor.dtype)
             tolerance = max(torch.finfo(tensor.dtype).eps, 1e-9) * float(drawn.abs().amax())

@@ -8,13 +8,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..layers.attention import ScaffoldAttention
 from ..layers.layer import ScaffoldLayer
 from ..paths import clean_modules, owner_of
 from ..plan.plan import PREFIX, Plan, PlannedTensor
 from ..residency.forms import Residency, VirtualWeight, resident
 from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
 from .progress import progress
-from .trained import TrainedTensors
+from .trained import TrainedTensors, check_shape
 
 
 def other_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, str]:
@@ -111,8 +112,11 @@ class BaseTensors:
         """Hold the scaffold dense, packed or streamed, tensor by tensor; the values stay.
 
         Raises:
-            ValueError: a dense weight is not what the seed draws, so giving it up would change the model.
+            ValueError: a dense weight is not what the seed draws, so giving it up would change the model; or one has
+                another shape.
         """
+        if residency != "dense":
+            self.check_shapes(plan)
         bare = [tensor for tensor in plan.with_role("scaffold") if self.is_bare(tensor.path)]
         for tensor in bare if residency != "dense" else ():
             dense = not isinstance(getattr(*owner_of(self.model, tensor.path)), VirtualWeight)
@@ -134,6 +138,15 @@ class BaseTensors:
         elif can_be_virtual(self.model, tensor):
             assert isinstance(tensor.base, ScaffoldTensor)
             _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
+
+    def check_shapes(self, plan: Plan) -> None:
+        """Whether all tensors have the shapes that were planned for.
+
+        Raises:
+            ValueError: one has another, such as embeddings of a vocabulary that was resized later.
+        """
+        for tensor in plan.tensors:
+            check_shape(self.model, tensor.path, tensor.survey.shape)
 
     def is_bare(self, path: str) -> bool:
         """Whether the live tensor is the base model's own: nothing trained stands there, nothing is merged into it."""
@@ -172,12 +185,8 @@ class BaseTensors:
         Raises:
             ValueError: they differ.
         """
+        check_shape(self.model, path, spec.shape)
         live = getattr(*owner_of(self.model, path)).detach()
-        if live.shape != spec.shape:
-            raise ValueError(
-                f"{path!r} has shape {tuple(live.shape)}, but what seed {spec.seed} draws for {spec.name!r} has "
-                f"{spec.shape}. Change a model (its vocabulary, say) before get_peft_model."
-            )
         if not (live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs)):
             raise ValueError(
                 f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
@@ -185,8 +194,11 @@ class BaseTensors:
             )
 
     def _merged_layer(self, path: str) -> ScaffoldLayer | None:
-        layer = self.model.get_submodule(path.rpartition(".")[0])
-        if isinstance(layer, ScaffoldLayer) and layer.merged and path.endswith(".weight"):
+        owner, _, attribute = path.rpartition(".")
+        layer = self.model.get_submodule(owner)
+        if isinstance(layer, ScaffoldAttention):
+            layer, attribute = layer.adapted.get(attribute, layer), "weight"
+        if isinstance(layer, ScaffoldLayer) and layer.merged and attribute == "weight":
             return layer
         return None
 

@@ -22,6 +22,7 @@ class Merging:
     first_plan: Plan
     active_adapters: list[str]
     peft_config: dict[str, Any]
+    _unfused: list[tuple[nn.Module, str, Any]]
     _switched: int
     _off: int
 
@@ -96,6 +97,8 @@ class Merging:
         except Exception:
             self._restore_residency()
             raise
+        for module, attribute, value in self._unfused:
+            setattr(module, attribute, value)
         model: nn.Module = unloaded
         return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..artifact.architecture import check_architecture
 from ..artifact.manifest import check_scaffold, check_shapes, check_state_dict
-from ..config import LottaLoraConfig
+from ..config import DefaultTargets, LottaLoraConfig
+from ..layers.attention import ScaffoldAttention, unfuse
 from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
-from ..layers.layer import ScaffoldLayer
+from ..layers.layer import DECAYED, UNDECAYED, ScaffoldLayer
 from ..layers.linear import ScaffoldLinear
 from ..paths import owner_of
 from ..plan.initialization import PrivateRandomness
@@ -81,6 +82,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         self.trained = TrainedTensors()
         self.base = BaseTensors(model, self.trained)
         self._layers_disabled = False
+        self._unfused: list[tuple[nn.Module, str, Any]] = []
         self.plans: dict[str, Plan] = {}
 
     def inject_adapter(
@@ -93,6 +95,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     ) -> None:
         """Plan, validate, draw, then let PEFT inject the adapters.
 
+        With the very config object of an adapter that is there, as TRL makes the reference of DPO, a copy of it. TRL
+        copies what has the adapter's name; trained tensors have the base model's.
+
         Raises:
             ValueError: the plan is impossible, or another scaffold than the model's is asked for. The model is then
                 as it was.
@@ -102,7 +107,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                 "LottaLoRA adapters are placed by their config; injecting by a state_dict is not supported."
             )
         config = self.peft_config[adapter_name]
-        _check_adapter_name(adapter_name, model)
+        _check_adapter_name(adapter_name, model, self.plans)
         first = self.survey is None
         if first and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
@@ -112,14 +117,22 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
         plan = plan_from_survey(survey, config)
         if not first:
+            self.base.check_shapes(self.first_plan)
             check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
         check_loadable(model, plan)
+        _check_task(model, config)
         plan.kept_digests.update(self.base.kept_digests(plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, plan.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
         check_architecture(config._artifact_architecture, plan.survey.architecture)
         if config._artifact_shapes is not None:
             check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")
+
+        start = not (config._values_follow or low_cpu_mem_usage or _weights_follow())  # else a file has the values
+        same = (
+            name for name, other in self.plans.items() if self.peft_config[name] is config and plan.trains_as(other)
+        )
+        copied = next(same, None) if start else None
 
         # From here on the model changes.
         if first:
@@ -132,20 +145,25 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config._plan = self.plans[adapter_name] = plan
         # Also where it is None: PEFT's task classes would fill it later, and wrap the head once more.
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
-        start = not (config._values_follow or low_cpu_mem_usage or _weights_follow())
         config._values_follow = False  # the config may be used for another model
         self.trained.add(model, adapter_name, plan, start)
+        if config.target_modules is None:
+            config.target_modules = DefaultTargets(plan.targets)
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
         with PrivateRandomness():  # nn.Linear's constructor draws, even where its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         config.target_modules = requested
         self._finish_adapters(model, adapter_name, plan, config, start)
+        self._unfused.extend(unfuse(model))
+        if copied is not None:
+            for mine, its in zip(self._parameters_of(adapter_name), self._parameters_of(copied), strict=True):
+                mine.data = its.data.clone()  # also its dtype
         self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
 
     @staticmethod
     def _check_target_module_exists(peft_config: LottaLoraConfig, key: str) -> bool:
         plan = peft_config._plan
-        return plan is not None and any(a.path == key and a.kind != "tied_head" for a in plan.adapters)
+        return plan is not None and any(a.module == key and a.kind != "tied_head" for a in plan.adapters)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LottaLoraConfig) -> None:
         """Nothing to check or warn about: the plan has, and tied tensors stay one tensor."""
@@ -160,6 +178,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         kwargs = {key: kwargs[key] for key in ("r", "lora_alpha", "target_name")}
         if isinstance(target, _ConvNd):
             return ScaffoldConv(target, adapter_name, config=lora_config, **kwargs)
+        if isinstance(target, nn.MultiheadAttention):
+            return ScaffoldAttention(target, adapter_name, config=lora_config, **kwargs)
         if isinstance(target, nn.Embedding):
             return ScaffoldEmbedding(target, adapter_name, config=lora_config, **kwargs)
         layer = ScaffoldLinear(target, adapter_name, config=lora_config, **kwargs)
@@ -177,11 +197,11 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                     parent, _, child = adapter.path.rpartition(".")
                     setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))  # type: ignore[operator]
                 continue
-            layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
+            layer.scaffold = plan.scaffold.get(adapter.weight) or layer.scaffold
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
             if start:
-                path = names[f"{adapter.path}.weight"].removesuffix(".weight")
+                path = names[adapter.weight].removesuffix("weight")[:-1]
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
@@ -212,14 +232,14 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         owner = None if self._layers_disabled else self.trained.owner_among(names)
-        self.trained.check_installable(owner)
+        self.trained.check_installable(self.model, owner)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
         self._restore_residency()  # PEFT has unmerged layers, and base values are back where trained copies stood
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        self.trained.check_installable(self.trained.owner_among(self.active_adapters) if enabled else None)
+        self.trained.check_installable(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._layers_disabled = not enabled
         super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
@@ -231,6 +251,13 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """Enable or disable gradients on adapters and their trained tensors."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._set_trained_grad([adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
+
+    def _parameters_of(self, adapter_name: str) -> Iterator[torch.Tensor]:
+        """All of one adapter, in an order that its plan decides."""
+        for module in self.model.modules():
+            if isinstance(module, ScaffoldLayer):
+                yield from module.adapter_parameters(adapter_name)
+        yield from self.trained.parameters_of(self.model, adapter_name).values()
 
     def _set_trained_grad(self, adapters: list[str], requires_grad: bool) -> None:
         for name in adapters:
@@ -248,7 +275,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its trained tensors; another one becomes active if it was."""
-        self.trained.check_removable(adapter_name)
+        self.trained.check_removable(self.model, adapter_name)
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self.trained.remove(self.model, adapter_name)
@@ -266,6 +293,12 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             raise ValueError(
                 f"adapter_names cannot mix rows while adapters {owners} take part: each has its own copy of whole "
                 "trained tensors (head, embeddings or norms). Run them one after the other with set_adapter."
+            )
+        attention = next((p for p, m in self.model.named_modules() if isinstance(m, ScaffoldAttention)), None)
+        if names and attention is not None:
+            raise ValueError(
+                f"adapter_names is not supported with adapters on nn.MultiheadAttention, as in {attention!r}: they are "
+                "summed into its matrices, one sum for all rows. Run the adapters one after the other with set_adapter."
             )
         if names and any(isinstance(module, TiedHead) for module in self.model.modules()):
             raise ValueError(
@@ -295,15 +328,14 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     ) -> dict[str, torch.Tensor]:
         tuner = tuner_of(model)
         plan = config._plan = tuner.plans[adapter_name]  # the config may have been used for another model since
+        tuner.base.check_shapes(plan)
         tuner.base.verify_unsaved(plan)
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
         config._other_dtypes = other_dtypes(tuner.model, config._saved_dtype)
         selected = {MANIFEST_KEY: plan.manifest()}
-        for adapter in plan.adapters:
-            for name in adapter.shapes:
-                kind, _, weight = name.partition(".")
-                key = PREFIX + ".".join(filter(None, (adapter.path, kind, adapter_name, weight)))
-                selected[key] = state_dict[key]
+        live = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in state_dict}
+        keys = [live[saved_key(f"{adapter.path}.{name}")] for adapter in plan.adapters for name in adapter.shapes]
+        selected.update({key: state_dict[key] for key in keys})
         selected.update(
             {saved_key(path): tuner.base.saved_value(path, adapter_name, state_dict) for path in plan.saved}
         )
@@ -312,6 +344,13 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         }
         check_shapes(plan, shapes, "The model", "Change a model (its vocabulary, say) before get_peft_model.")
         return _Complete(selected)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As PEFT's; of an `AdapterTensor` the parameter's own name goes too. PEFT inverts this when it loads."""
+        stem = key.rpartition(".")[0]
+        own = stem.endswith(tuple(f".{kind}.{adapter_name}" for kind in ScaffoldLayer.own_tensors))
+        return super()._remove_adapter_name_from_key(stem if own else key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -324,6 +363,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """Every way of loading passes here: check all of it, then fill trained and kept tensors; PEFT does the rest."""
         tuner = tuner_of(model)
         plan = tuner.plans[adapter_name]
+        tuner.base.check_shapes(plan)
         check_state_dict(plan, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
@@ -338,7 +378,10 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # With low_cpu_mem_usage these very tensors are installed. In the file's dtype the model would compute otherwise
         # than without; as they lie in a file they are not aligned, on which the rounding of products depends.
-        live = model.state_dict()
+        live = model.state_dict(keep_vars=True)
+        found = {id(live[key]): value for key, value in remapped.items() if key in live}
+        # What lies in a module that stands in several places has several keys, of which PEFT would miss some.
+        remapped.update({key: found[id(tensor)] for key, tensor in live.items() if id(tensor) in found})
         return {key: value.to(live[key].dtype, copy=True) if key in live else value for key, value in remapped.items()}
 
     # ---- looking --------------------------------------------------------------------------------------------------
@@ -359,7 +402,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """
         name = self._known(adapter_name)
         return {
-            path: layer.lora_beta[name].item()
+            path: layer.lora_beta[name].value.item()
             for path, layer in self.model.named_modules()
             if isinstance(layer, ScaffoldLayer) and name in layer.lora_beta
         }
@@ -390,15 +433,22 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         return [PREFIX + name for name, parameter in named if id(parameter) in drawn]
 
 
-def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+def _check_adapter_name(adapter_name: str, model: nn.Module, adapters: Iterable[str]) -> None:
     # PEFT takes an adapter's name out of keys by matching path segments.
-    segments = {segment for name in model.state_dict() for segment in name.split(".")}
-    if adapter_name in segments - {"default"} and not any(
-        f".{adapter_name}" in name for name in model.state_dict() if "lora_" in name
-    ):
+    segments = {segment for name in model.state_dict() for segment in name.split(".")} | {UNDECAYED, DECAYED}
+    if adapter_name in segments - {"default", *adapters}:
         raise ValueError(
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "
             "two could not be told apart in a saved file. Choose another adapter_name."
+        )
+
+
+def _check_task(model: nn.Module, config: LottaLoraConfig) -> None:
+    # PEFT's classes for these tasks ask for this method only after the adapters are in.
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"task_type={str(config.task_type)!r} is for models that generate, and {type(model).__name__} has no "
+            "prepare_inputs_for_generation. Pass the model's own task_type, or None."
         )
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -139,6 +140,7 @@ class SeedSwitching:
             raise ValueError("This model has no scaffold to draw: it was made with redraw='none'.")
         if any(isinstance(module, ScaffoldLayer) and module.merged for module in self.model.modules()):
             raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
+        self.base.check_shapes(self.first_plan)
 
     def _replanned(self, config: LottaLoraConfig, old: Plan, seed: int) -> tuple[LottaLoraConfig, Plan]:
         """The config and plan for another seed; a config may be other models' too, so it is copied."""
@@ -152,9 +154,10 @@ class SeedSwitching:
         """Make this the plan of an adapter."""
         self.plans[name] = plan
         self.trained.replan(name, plan)
-        for path, module in self.model.named_modules():
-            if isinstance(module, ScaffoldLayer):
-                module.scaffold = plan.scaffold.get(f"{path}.weight") or module.scaffold
+        for adapter in plan.adapters:
+            if adapter.kind != "tied_head":
+                layer: Any = self.model.get_submodule(adapter.path)
+                layer.scaffold = plan.scaffold.get(adapter.weight) or layer.scaffold
 
     def _draw(self) -> None:
         """Draw what is drawn and live: the scaffold, and trained tensors where no adapter's copy stands."""

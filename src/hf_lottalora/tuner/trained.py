@@ -19,6 +19,20 @@ from ..scaffold.tensor import ScaffoldTensor, draw_into
 from .progress import progress
 
 
+def check_shape(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
+    """Whether a live tensor has the shape that was planned for: what is compared by its elements can be a part.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    live = getattr(*owner_of(model, path))
+    if tuple(live.shape) != shape:
+        raise ValueError(
+            f"The model has {path!r} with shape {tuple(live.shape)}, expected {shape}. Change a model (its vocabulary, "
+            "say) before get_peft_model."
+        )
+
+
 class _Shelf(nn.Module):
     """Parameters by path, moved and cast with the model, without being part of its forward pass."""
 
@@ -82,7 +96,7 @@ class TrainedTensors(nn.Module):
         """Put this adapter's copies in place; with None, or where it has none, the base values."""
         if adapter == self.installed:
             return
-        self.check_installable(adapter)
+        self.check_installable(model, adapter)
         leaving = self.planned.get(self.installed or "", {})
         coming = self.planned.get(adapter or "", {})
         for path in {**leaving, **coming}:
@@ -103,16 +117,20 @@ class TrainedTensors(nn.Module):
                 owner._parameters[attribute] = parameter
         self.installed = adapter if coming else None
 
-    def check_installable(self, adapter: str | None) -> None:
+    def check_installable(self, model: nn.Module, adapter: str | None) -> None:
         """Whether `install` could go from what is installed to this adapter. Changes nothing.
 
         Raises:
-            ValueError: the base value of a tensor is needed, and the model was built without it.
+            ValueError: a tensor has another shape than was planned for, or its base value is needed and the model was
+                built without it.
         """
         if adapter == self.installed:
             return
         coming = self.planned.get(adapter or "", {})
-        for path, tensor in self.planned.get(self.installed or "", {}).items():
+        leaving = self.planned.get(self.installed or "", {})
+        for path, tensor in {**leaving, **coming}.items():
+            check_shape(model, path, tensor.survey.shape)
+        for path, tensor in leaving.items():
             if tensor.base is None and path not in coming and self.originals.get(path) is None:
                 raise ValueError(
                     f"The pretrained value of {path!r} is needed without adapter {self.installed!r}, but the model was "
@@ -120,10 +138,10 @@ class TrainedTensors(nn.Module):
                     "PeftModel.from_pretrained(base_model, path)."
                 )
 
-    def check_removable(self, adapter: str) -> None:
+    def check_removable(self, model: nn.Module, adapter: str) -> None:
         """Whether this adapter could be removed. Changes nothing; raises as `check_installable`."""
         if self.installed == adapter:
-            self.check_installable(None)
+            self.check_installable(model, None)
 
     def base_value(self, model: nn.Module, path: str) -> torch.Tensor:
         """The value of a tensor that no adapter has trained, whatever is installed now."""
