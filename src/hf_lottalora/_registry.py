@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from peft import PeftModel
+from peft.auto import _BaseAutoPeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -42,6 +43,28 @@ def _refuse_push_on_save() -> None:
     PeftModel.save_pretrained = save_pretrained
 
 
+def _load_without_a_base() -> None:
+    """`AutoPeftModelForX.from_pretrained(path)` for an artifact that has no base model: as our own loader for X."""
+    load = _BaseAutoPeftModel.from_pretrained.__func__
+
+    @functools.wraps(load)
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
+        from .artifact.auto_classes import loader_for
+
+        path = pretrained_model_name_or_path
+        kwargs |= zip(("is_trainable", "config", "revision", "import_allowlist"), args, strict=False)
+        loader = loader_for(cls._target_class, path, **kwargs)
+        if loader is None:
+            return load(cls, path, adapter_name, **kwargs)
+        kwargs.pop("import_allowlist", None)  # nothing is imported by name
+        options = {key: value for key, value in kwargs.items() if value is not None}
+        return loader.from_pretrained(path, adapter_name=adapter_name, **options)
+
+    _BaseAutoPeftModel.from_pretrained = classmethod(from_pretrained)
+
+
 def register() -> None:
     """Register the method; again is harmless.
 
@@ -61,4 +84,5 @@ def register() -> None:
     # The prefix must be LoRA's: under another one PEFT freezes A and B and stops reporting missing keys.
     register_peft_method(name=NAME.lower(), config_cls=LottaLoraConfig, model_cls=LottaLoraModel, prefix="lora_")
     _refuse_push_on_save()
+    _load_without_a_base()
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is LottaLoraModel and PEFT_TYPE_TO_PREFIX_MAPPING[member] == "lora_"

@@ -18,8 +18,9 @@ def stub() -> str:
     )
     return (
         "# Written by tests/artifact/make_auto_classes_stub.py\n"
-        f"from .auto import AutoLottaLora\n\n__all__ = [\n{names}]\n\n"
-        f"def docstring(auto_name: str) -> str: ...\n{''.join(classes)}"
+        f"import os\nfrom typing import Any\n\nfrom .auto import AutoLottaLora\n\n__all__ = [\n{names}]\n\n"
+        "def docstring(auto_name: str) -> str: ...\n"
+        f"def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> Any: ...\n{''.join(classes)}"
     )
 
 

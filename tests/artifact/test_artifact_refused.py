@@ -200,7 +200,7 @@ def test_a_model_that_was_resized_later_is_refused_before_anything_is_overwritte
     model = get_peft_model(llama(tie_word_embeddings=tie), config(**options, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path)
     files = {file: file.read_bytes() for file in tmp_path.iterdir() if file.name != "README.md"}  # PEFT writes it first
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.get_base_model().resize_token_embeddings(rows, mean_resizing=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     message = rf"The model has '\S+' with shape \({rows}, 32\), expected \(99, 32\). Change a .* before get_peft_model"
     attempts: list[Any] = [

@@ -197,7 +197,7 @@ def literal(layer: Any, x: torch.Tensor) -> torch.Tensor:
     groups = getattr(base, "groups", 1)
     products = torch.cat([b @ a for a, b in zip(A.chunk(groups), B.chunk(groups), strict=True)])
     products = products.t() if isinstance(base, Conv1D) else products.view(base.weight.shape)
-    weight = layer.lora_beta["default"] * base.weight + layer.scaling["default"] * products
+    weight = layer.lora_beta["default"].value * base.weight + layer.scaling["default"] * products
     if "default" in layer.lora_magnitude:
         rows = weight.t() if isinstance(base, Conv1D) else weight
         magnitude = layer.lora_magnitude["default"]

@@ -71,7 +71,7 @@ def artifact(folder: Path, **options: Any) -> str:
     return str(folder)
 
 
-REFUSED: dict[str, tuple[type[Exception], str | None, Callable[[PeftModel, str], Any]]] = {
+REFUSED: dict[str, tuple[type[Exception], str, Callable[[PeftModel, str], Any]]] = {
     "convert_to_lora": (
         TypeError,
         "do not support LoRA conversion: .*ScaffoldLinear",
@@ -181,11 +181,6 @@ REFUSED: dict[str, tuple[type[Exception], str | None, Callable[[PeftModel, str],
             llama(use_cache=False),
             XLoraConfig(adapters={"0": path}, hidden_size=32, task_type="CAUSAL_LM"),
         ),
-    ),
-    "AutoPeftModelForCausalLM": (
-        OSError,
-        None,  # transformers' own: there is no base model to load
-        lambda model, path: AutoPeftModelForCausalLM.from_pretrained(path),
     ),
 }
 

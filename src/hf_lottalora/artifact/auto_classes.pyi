@@ -1,4 +1,7 @@
 # Written by tests/artifact/make_auto_classes_stub.py
+import os
+from typing import Any
+
 from .auto import AutoLottaLora
 
 __all__ = [
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 def docstring(auto_name: str) -> str: ...
+def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> Any: ...
 
 class AutoLottaLoraModel(AutoLottaLora):
     """Loads from an artifact what `transformers.AutoModel` builds."""

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from ..tuner.model import tuner_of
+from ..tuner.progress import silent
 
 Schedule = Literal["epoch", "step", "micro_batch"]
 
@@ -63,7 +64,8 @@ class ScaffoldResampler:
         self.drawn += 1
         message = struct.pack("<QQ", self.seed, self.drawn)
         seed = int.from_bytes(hashlib.blake2b(message, digest_size=8, person=b"resampling").digest(), "little")
-        self.tuner.set_scaffold_seed(seed)
+        with silent():  # the training loop has a bar of its own
+            self.tuner.set_scaffold_seed(seed)
         return seed
 
     def start_epoch(self) -> None:

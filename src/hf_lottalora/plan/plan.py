@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch
 from ..options import Magnitude
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import ScaffoldTensor, combined_digest
+from .report import Reported
 from .survey import Survey, SurveyedTensor
 
 MANIFEST_KEY = "lottalora_manifest"
@@ -123,8 +123,10 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """Roles of all tensors, the adapters, and what they cost. `print(plan)` shows it as a table.
+class Plan(Reported):
+    """Roles of all tensors, the adapters, and what they cost.
+
+    `print(plan)` shows it as a table, and so does a notebook; `plan.to_dict()` is all of it as data.
 
     Attributes:
         survey: the model that was planned for.
@@ -236,37 +238,3 @@ class Plan:
             at += size
         header = len(json.dumps(entries, separators=(",", ":")))
         return at + 8 + -(-header // 8) * 8
-
-    def __str__(self) -> str:
-        rows: dict[tuple[str, str], list[int]] = {}
-
-        def add(role: str, path: str, numel: int, size: int) -> None:
-            row = rows.setdefault((role, re.sub(r"\.\d+\.", ".*.", path)), [0, 0, 0])
-            row[0] += 1
-            row[1] += numel
-            row[2] += size
-
-        for tensor in self.tensors:
-            add(tensor.role, tensor.path, tensor.survey.numel, tensor.survey.numel * tensor.survey.dtype.itemsize)
-        for adapter in self.adapters:
-            if adapter.shapes:
-                label = f"{adapter.path} (A, B, beta)"
-                add("adapter", label, adapter.numel, adapter.numel * self.adapter_dtype().itemsize)
-        width = max(len(path) for _, path in rows)
-        lines = [f"LottaLoRA plan for {self.survey.class_name}, seed {self.seed}"]
-        lines.append(f"{'role':<9} {'tensor':<{width}} {'count':>5} {'parameters':>13} {'bytes':>14}")
-        for (role, path), (count, numel, size) in sorted(rows.items(), key=lambda row: row[0][0]):
-            lines.append(f"{role:<9} {path:<{width}} {count:>5} {numel:>13,} {size:>14,}")
-        share = self.trainable_parameters / self.total_parameters
-        lines.append(
-            f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of which "
-            f"A, B and beta {self.adapter_parameters:,}"
-        )
-        lines.append(f"adapters  on {len(self.targets)} layers ({self.rule})")
-        around = [adapter.path for adapter in self.adapters if adapter.own_forward]
-        if around:
-            named = {module.path: module.type_name for module in self.survey.modules}
-            classes = ", ".join(sorted({named[path] for path in around}))
-            lines.append(f"forward   {len(around)} adapted layers keep their own, adapters go around it: {classes}")
-        lines.append(f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed")
-        return "\n".join(lines)

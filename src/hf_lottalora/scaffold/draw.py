@@ -18,7 +18,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,12 +140,13 @@ def scattered_elements(
     return elements
 
 
-def draw_blocks(draws: Iterable[Draw], threads: int | None = None) -> None:
+def draw_blocks(draws: Iterable[Draw], threads: int | None = None, done: Callable[[int], None] | None = None) -> None:
     """Fill every destination, spread in cache-sized blocks over `threads` threads.
 
     Args:
         draws: what to fill; destinations must not overlap.
         threads: defaults to `torch.get_num_threads()`. The values do not depend on it.
+        done: called, by any of the threads, with the number of elements of each block that has been drawn.
     """
     draws, threads = list(draws), threads or torch.get_num_threads()
     words = sum(len(draw.out) * draw.table.bits for draw in draws) // 64
@@ -157,7 +158,8 @@ def draw_blocks(draws: Iterable[Draw], threads: int | None = None) -> None:
         for at in range(0, len(draw.out), step):
             blocks.append((draw._replace(out=draw.out[at : at + step], start=draw.start + at), rows))
     # Threads that mostly pass Python's lock to each other are slower than one.
-    _in_parallel(_draw_block, blocks, threads if words >= len(blocks) << 12 else 1)
+    work = _draw_block if done is None else partial(_draw_block, done=done)
+    _in_parallel(work, blocks, threads if words >= len(blocks) << 12 else 1)
 
 
 def draw_words(key: np.ndarray[Any, Any], count: int, threads: int | None = None) -> np.ndarray[Any, Any]:
@@ -192,7 +194,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="hf_lottalora")
 
 
-def _draw_block(draw: Draw, rows: np.ndarray[Any, Any]) -> None:
+def _draw_block(draw: Draw, rows: np.ndarray[Any, Any], done: Callable[[int], None] | None = None) -> None:
     out, bits, count = draw.out, draw.table.bits, len(draw.out)
     first_word, lead = divmod(draw.start, 64 // bits)
     word_count = math.ceil((lead + count) * bits / 64)
@@ -208,6 +210,8 @@ def _draw_block(draw: Draw, rows: np.ndarray[Any, Any]) -> None:
         whole = np.empty(len(index) * rows.shape[1], out.dtype)
         _look_up(rows, index, whole)
         out[:] = whole[skip : skip + count]
+    if done is not None:
+        done(count)
 
 
 def _look_up(rows: np.ndarray[Any, Any], index: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:

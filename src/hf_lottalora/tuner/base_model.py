@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,6 +16,7 @@ from ..residency.foreign import foreign_tensors, in_memory, values_of
 from ..residency.forms import Residency, VirtualWeight, resident
 from ..residency.recipe import read_recipe
 from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
+from .progress import progress
 from .trained import TrainedTensors, check_shape
 
 
@@ -63,6 +64,11 @@ def check_loadable(model: nn.Module, plan: Plan) -> None:
 
 def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") -> None:
     """Give every frozen tensor of the base model its value: the scaffold in one parallel pass, in place."""
+    with progress("Drawing the scaffold", sum(spec.numel for spec in plan.scaffold.values())) as done:
+        _materialise(model, plan, residency, done)
+
+
+def _materialise(model: nn.Module, plan: Plan, residency: Residency, done: Callable[[int], None]) -> None:
     draws = {}
     for tensor in plan.tensors:
         if tensor.role == "trained":
@@ -71,6 +77,7 @@ def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") ->
         if residency != "dense" and isinstance(tensor.base, ScaffoldTensor) and can_be_virtual(model, tensor):
             device = "cpu" if live.is_meta else live.device
             _replace(model, tensor, resident(tensor.base, residency, live.dtype, device))
+            done(tensor.base.numel)
             continue
         if live.is_meta and tensor.survey.held is None:
             live = _replace(model, tensor, torch.empty(live.shape, dtype=live.dtype))
@@ -79,7 +86,7 @@ def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") ->
         elif tensor.base is not None:
             with torch.no_grad():
                 live.copy_(tensor.base)
-    draw_into(draws)
+    draw_into(draws, done=done)
 
 
 def can_be_virtual(model: nn.Module, tensor: PlannedTensor) -> bool:
@@ -120,16 +127,21 @@ class BaseTensors:
             if dense and can_be_virtual(self.model, tensor):
                 assert isinstance(tensor.base, ScaffoldTensor)
                 self.verify(tensor.path, tensor.base)
-        for tensor in bare:
-            live = getattr(*owner_of(self.model, tensor.path))
-            if residency == "dense":
-                if isinstance(live, VirtualWeight):
-                    _replace(self.model, tensor, live.dense())
-            elif isinstance(live, VirtualWeight):
-                live.hold(residency)
-            elif can_be_virtual(self.model, tensor):
-                assert isinstance(tensor.base, ScaffoldTensor)
-                _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
+        with progress("Changing the residency", sum(tensor.survey.numel for tensor in bare)) as done:
+            for tensor in bare:
+                self._hold(tensor, residency)
+                done(tensor.survey.numel)
+
+    def _hold(self, tensor: PlannedTensor, residency: Residency) -> None:
+        live = getattr(*owner_of(self.model, tensor.path))
+        if residency == "dense":
+            if isinstance(live, VirtualWeight):
+                _replace(self.model, tensor, live.dense())
+        elif isinstance(live, VirtualWeight):
+            live.hold(residency)
+        elif can_be_virtual(self.model, tensor):
+            assert isinstance(tensor.base, ScaffoldTensor)
+            _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
 
     def check_shapes(self, plan: Plan) -> None:
         """Whether all tensors have the shapes that were planned for.

@@ -34,6 +34,7 @@ from ..residency.recipe import recipe_of
 from ..scaffold.tensor import ScaffoldTensor
 from .base_model import BaseTensors, check_loadable, materialise, other_dtypes
 from .merging import Merging
+from .progress import progress
 from .reseed import SeedSwitching
 from .second_adapter import check_second_adapter
 from .trained import TrainedTensors
@@ -215,6 +216,24 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             if start:
                 path = names[adapter.weight].removesuffix("weight")[:-1]
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused, unless the vocabulary has that size: its tensors are planned, and drawn, adapted or trained.
+
+        Raises:
+            ValueError: the size is another one.
+        """
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        size = len(embeddings.weight)
+        padding = kwargs.get("pad_to_multiple_of", args[0] if args else None) or 1
+        wanted = -(-(new_num_tokens or size) // padding) * padding
+        if wanted != size:
+            raise ValueError(
+                f"The vocabulary has {size} entries and cannot become {wanted} under a LottaLoRA adapter. Call "
+                "resize_token_embeddings on the base model before get_peft_model, or, when training is over, on what "
+                "merge_and_unload() returns."
+            )
+        return embeddings
 
     # ---- switching ------------------------------------------------------------------------------------------------
 
@@ -432,8 +451,11 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         Raises:
             ValueError: a weight differs; the first such tensor is named. Also while adapters are merged.
         """
-        for path, spec in self.get_plan().scaffold.items():
-            self.base.verify(path, spec, full)
+        scaffold = self.get_plan().scaffold
+        with progress("Verifying the scaffold", sum(spec.numel for spec in scaffold.values())) as done:
+            for path, spec in scaffold.items():
+                self.base.verify(path, spec, full)
+                done(spec.numel)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

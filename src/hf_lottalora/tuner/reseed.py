@@ -20,6 +20,7 @@ from ..residency.forms import VirtualWeight
 from ..scaffold.draw import check_seed
 from ..scaffold.tensor import ScaffoldTensor, draw_into
 from .base_model import BaseTensors
+from .progress import progress
 from .trained import TrainedTensors
 
 
@@ -175,4 +176,5 @@ class SeedSwitching:
                 live.zero_()
             elif self.base.is_bare(tensor.path):
                 draws[tensor.base] = live
-        draw_into(draws)
+        with progress("Drawing the scaffold", sum(spec.numel for spec in draws)) as done:
+            draw_into(draws, done=done)

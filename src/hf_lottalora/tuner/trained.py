@@ -16,6 +16,7 @@ from ..paths import owner_of
 from ..plan.plan import Plan, PlannedTensor
 from ..residency.forms import VirtualWeight
 from ..scaffold.tensor import ScaffoldTensor, draw_into
+from .progress import progress
 
 
 def check_shape(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
@@ -82,7 +83,8 @@ class TrainedTensors(nn.Module):
                 original = self.originals.get(path)
                 copy.copy_(live if original is None else original)
             shelf.put(path, nn.Parameter(copy, requires_grad=False))
-        draw_into(draws)
+        with progress("Drawing starting values", sum(spec.numel for spec in draws)) as done:
+            draw_into(draws, done=done)
         self.adapters[adapter] = shelf
         self.planned[adapter] = planned
 
