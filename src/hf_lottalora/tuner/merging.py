@@ -93,7 +93,7 @@ class Merging:
         self.trained.install(self.model, owner)
         try:
             unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
-        except Exception:
+        except BaseException:
             self._restore_residency()
             raise
         model: nn.Module = unloaded

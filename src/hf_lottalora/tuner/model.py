@@ -26,6 +26,7 @@ from ..plan.initialization import untouched_rng
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan, saved_key
 from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
+from ..scaffold.interrupts import uninterrupted
 from .base_model import BaseTensors, check_loadable, materialise, other_dtypes
 from .merging import Merging
 from .reseed import SeedSwitching
@@ -80,6 +81,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         self.trained = TrainedTensors()
         self.base = BaseTensors(model, self.trained)
         self._layers_disabled = False
+        self._frozen: list[torch.Tensor] = []  # while layers are disabled: what was not trained before
         self.plans: dict[str, Plan] = {}
 
     def inject_adapter(
@@ -192,6 +194,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         owner = None if self._layers_disabled else self.trained.owner_among(names)
         self.trained.check_installable(self.model, owner)
+        self._frozen = []  # another choice since
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
@@ -199,12 +202,23 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         self.trained.check_installable(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
+        uninterrupted(lambda: self._switch_layers(enabled))
+
+    def _switch_layers(self, enabled: bool) -> None:
+        if not enabled and not self._layers_disabled:
+            layers = [module for module in self.model.modules() if isinstance(module, ScaffoldLayer)]
+            adapters = [p for layer in layers for name in layer.lora_beta for p in layer.adapter_parameters(name)]
+            trained = [p for name in self.plans for p in self.trained.parameters_of(self.model, name).values()]
+            self._frozen = [parameter for parameter in (*adapters, *trained) if not parameter.requires_grad]
         self._layers_disabled = not enabled
         super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._set_trained_grad(self.active_adapters, enabled)
         if enabled:
+            for parameter in self._frozen:  # PEFT trains whatever it enables
+                parameter.requires_grad_(False)
             self._restore_residency()  # a merged layer that ran while adapters were off has unmerged itself
+            self._frozen = []
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Enable or disable gradients on adapters and their trained tensors."""
@@ -303,8 +317,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     ) -> dict[str, torch.Tensor]:
         """Every way of loading passes here: check all of it, then fill trained and kept tensors; PEFT does the rest."""
         tuner = tuner_of(model)
+        tuner.base.check_shapes(tuner.plans[adapter_name])
+        tuner._follow(adapter_name, state_dict)
         plan = tuner.plans[adapter_name]
-        tuner.base.check_shapes(plan)
         check_state_dict(plan, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
