@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TaskType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -402,7 +403,7 @@ def _check_task(model: nn.Module, config: LottaLoraConfig) -> None:
     # PEFT's classes for these tasks ask for this method only after the adapters are in.
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
-            f"task_type={str(config.task_type)!r} is for models that generate, and {type(model).__name__} has no "
+            f"task_type={TaskType(config.task_type).value!r} is for models that generate, and {type(model).__name__} has no "
             "prepare_inputs_for_generation. Pass the model's own task_type, or None."
         )
 
