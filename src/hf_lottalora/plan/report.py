@@ -53,7 +53,8 @@ class Reported:
                 and how a trained copy starts. These are None for as it is, "constant" for the architecture's own, or
                 the draw: seed, family, scale (standard deviation), zero_row (padding), stacked (matrices in it).
             adapters: each with path, kind, r, scaling, in_features, out_features, kernel, groups, train_beta, dora,
-                layer_norm, residual, own_forward (whether it goes around a subclass's own code), shapes by name, parameters, dtype, bytes.
+                layer_norm, residual, own_forward (whether it goes around a subclass's own code), shapes by name,
+                parameters, dtype, bytes.
         """
         dtype = self.adapter_dtype()
         return {

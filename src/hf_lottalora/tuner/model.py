@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TaskType
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -31,6 +32,7 @@ from ..plan.survey import Survey, survey_model, with_model_dtypes
 from ..residency.foreign import in_memory, is_foreign
 from ..residency.forms import VirtualWeight
 from ..residency.recipe import recipe_of
+from ..scaffold.interrupts import uninterrupted
 from ..scaffold.tensor import ScaffoldTensor
 from .base_model import BaseTensors, check_loadable, materialise, other_dtypes
 from .merging import Merging
@@ -88,6 +90,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         self.base = BaseTensors(model, self.trained)
         self._layers_disabled = False
         self._unfused: list[tuple[nn.Module, str, Any]] = []
+        self._frozen: list[torch.Tensor] = []  # while layers are disabled: what was not trained before
         self.plans: dict[str, Plan] = {}
 
     def inject_adapter(
@@ -246,6 +249,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         owner = None if self._layers_disabled else self.trained.owner_among(names)
         self.trained.check_installable(self.model, owner)
+        self._frozen = []  # another choice since
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
@@ -253,12 +257,23 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         self.trained.check_installable(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
+        uninterrupted(lambda: self._switch_layers(enabled))
+
+    def _switch_layers(self, enabled: bool) -> None:
+        if not enabled and not self._layers_disabled:
+            layers = [module for module in self.model.modules() if isinstance(module, ScaffoldLayer)]
+            adapters = [p for layer in layers for name in layer.lora_beta for p in layer.adapter_parameters(name)]
+            trained = [p for name in self.plans for p in self.trained.parameters_of(self.model, name).values()]
+            self._frozen = [parameter for parameter in (*adapters, *trained) if not parameter.requires_grad]
         self._layers_disabled = not enabled
         super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._set_trained_grad(self.active_adapters, enabled)
         if enabled:
+            for parameter in self._frozen:  # PEFT trains whatever it enables
+                parameter.requires_grad_(False)
             self._restore_residency()  # a merged layer that ran while adapters were off has unmerged itself
+            self._frozen = []
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Enable or disable gradients on adapters and their trained tensors."""
@@ -394,8 +409,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     ) -> dict[str, torch.Tensor]:
         """Every way of loading passes here: check all of it, then fill trained and kept tensors; PEFT does the rest."""
         tuner = tuner_of(model)
+        tuner.base.check_shapes(tuner.plans[adapter_name])
+        tuner._follow(adapter_name, state_dict)
         plan = tuner.plans[adapter_name]
-        tuner.base.check_shapes(plan)
         check_state_dict(plan, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
@@ -479,7 +495,7 @@ def _check_task(model: nn.Module, config: LottaLoraConfig) -> None:
     # PEFT's classes for these tasks ask for this method only after the adapters are in.
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
-            f"task_type={str(config.task_type)!r} is for models that generate, and {type(model).__name__} has no "
+            f"task_type={TaskType(config.task_type).value!r} is for models that generate, and {type(model).__name__} has no "
             "prepare_inputs_for_generation. Pass the model's own task_type, or None."
         )
 
