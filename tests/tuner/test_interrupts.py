@@ -15,7 +15,7 @@ from test_reseed import same, state
 from tiny import bert, config, llama, logits, perturb
 
 from hf_lottalora import ScaffoldResampler, ScaffoldTensor, cost_report
-from hf_lottalora.plan.initialization import untouched_rng
+from hf_lottalora.plan.initialization import PrivateRandomness
 from hf_lottalora.scaffold import draw
 from hf_lottalora.scaffold.tensor import draw_into
 
@@ -128,7 +128,7 @@ def test_a_model_that_is_disabled_trains_nothing_that_was_frozen() -> None:
 
 def test_the_other_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.get_rng_state()
-    with pytest.raises(KeyboardInterrupt), untouched_rng():
+    with pytest.raises(KeyboardInterrupt), PrivateRandomness():
         torch.rand(3)
         raise KeyboardInterrupt
     assert torch.equal(torch.get_rng_state(), generator)

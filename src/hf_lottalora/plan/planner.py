@@ -21,6 +21,7 @@ from .canonical import first_change, read_back
 from .patterns import by_pattern, parents, under
 from .plan import Plan, PlannedTensor, Role
 from .survey import Survey, SurveyedTensor, survey_model
+from .targets import near
 
 # PEFT's task classes append these to modules_to_save whether the model has them or not.
 _PEFT_HEADS = {"classifier", "score", "qa_outputs"}
@@ -145,7 +146,8 @@ def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:
             if not any(get_pattern_key([key], path) == key for path in paths):
                 what = "adapted" if name == "train_beta_pattern" else "drawn"
                 raise ValueError(
-                    f"{name} has the key {key!r}, which matches no {what} module. See print(make_plan(...))."
+                    f"{name} has the key {key!r}, which matches no {what} module{near(key, paths)}. See "
+                    "print(make_plan(...))."
                 )
 
 
@@ -200,7 +202,8 @@ def _modules_to_save(survey: Survey, config: LottaLoraConfig) -> set[str]:
         matches = {path for path in paths if path == name or path.endswith(f".{name}")}
         if not matches and name not in _PEFT_HEADS:
             raise ValueError(
-                f"modules_to_save names {name!r}, but {survey.class_name} has no such module or parameter."
+                f"modules_to_save names {name!r}, but {survey.class_name} has no such module or parameter"
+                f"{near(name, paths)}."
             )
         found |= matches
     return found
