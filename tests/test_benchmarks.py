@@ -12,7 +12,7 @@ from data_dir import data_dir
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 COMMANDS = {
     "mnist.py": ["--alpha", "r", "--r", "1"],
-    "mnist_ablations.py": ["--only", "heads", "resampling", "--workers", "2"],
+    "mnist_ablations.py": ["--only", "heads", "resampling", "decay", "--workers", "2"],
     "mnist_seed_gating.py": [],
     "mnist_rank_search.py": [],
     "physionet.py": [],

@@ -59,10 +59,10 @@ def literal(layer: Any, x: torch.Tensor) -> torch.Tensor:
     groups = getattr(base, "groups", 1)
     parts = [b.flatten(1) @ a.flatten(1) for a, b in zip(A.chunk(groups), B.chunk(groups), strict=True)]
     W = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    V = layer.lora_beta[name] * W + 6 / RANK * torch.cat(parts).view(W.shape)
+    V = layer.lora_beta[name].value * W + 6 / RANK * torch.cat(parts).view(W.shape)
     if name in layer.lora_magnitude:
         # The norm counts as a constant (DoRA, section 4.3).
-        magnitude = layer.lora_magnitude[name]  # of shape (outputs,) or (groups, inputs of a group, ...)
+        magnitude = layer.lora_magnitude[name].value  # of shape (outputs,) or (groups, inputs of a group, ...)
         matrices = V.unflatten(0, (groups, -1))
         dims = list(range(2, matrices.dim())) if magnitude.dim() == 1 else [1]
         norm = matrices.detach().square().sum(dims, keepdim=True).sqrt()
@@ -75,7 +75,7 @@ def literal(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if layer.residual[name] and y.shape == x.shape:
         y = y + x
     if name in layer.lora_norm_weight:
-        y = F.layer_norm(y, y.shape[-1:], layer.lora_norm_weight[name], layer.lora_norm_bias[name])
+        y = F.layer_norm(y, y.shape[-1:], layer.lora_norm_weight[name].value, layer.lora_norm_bias[name].value)
     return y
 
 
@@ -140,7 +140,7 @@ def test_dora_starts_as_the_layer_without_it(per: str) -> None:
     plain = get_peft_model(llama(), config())
     dora = get_peft_model(llama(), config(use_dora=True, dora_magnitude=per))
     torch.testing.assert_close(logits(dora), logits(plain))
-    magnitude = dora.base_model.model.model.layers[0].self_attn.q_proj.lora_magnitude["default"]
+    magnitude = dora.base_model.model.model.layers[0].self_attn.q_proj.lora_magnitude["default"].value
     weight = dora.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     torch.testing.assert_close(
         magnitude.detach(), weight.norm(dim=0, keepdim=True) if per == "inputs" else weight.norm(dim=1)
@@ -197,13 +197,13 @@ def test_dora_is_pefts_where_beta_is_one(base: str) -> None:
     ).to(torch.float64)
     peft = theirs.base_model.model[0]
     with torch.no_grad():
-        layer.lora_beta["default"].fill_(1)
+        layer.lora_beta["default"].value.fill_(1)
         peft.base_layer.weight.copy_(layer.base_layer.weight)
         peft.base_layer.bias.copy_(layer.base_layer.bias)
         peft.lora_A["default"].weight.copy_(layer.lora_A["default"].weight)
         peft.lora_B["default"].weight.copy_(layer.lora_B["default"].weight)
         magnitude = peft.lora_magnitude_vector["default"].weight
-        magnitude.copy_(layer.lora_magnitude["default"].view_as(magnitude))
+        magnitude.copy_(layer.lora_magnitude["default"].value.view_as(magnitude))
     torch.testing.assert_close(model(x), theirs(x), rtol=1e-10, atol=1e-10)
 
 
@@ -218,7 +218,7 @@ def test_head_modes(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / head)
         again = AutoLottaLoraModelForSequenceClassification.from_pretrained(tmp_path / head)
         assert torch.equal(logits(again), logits(model))
-    adapter = {"lora_A.default.weight", "lora_B.default.weight", "lora_beta.default"}
+    adapter = {"lora_A.default.weight", "lora_B.default.weight", "lora_beta.default.norm"}
     assert trained == {"train": {"weight", "bias"}, "lora": adapter, "lora_bias": {*adapter, "base_layer.bias"}}
 
 

@@ -143,6 +143,7 @@ def build_model(cell: Cell, seed: int, **options: Any) -> nn.Module:
         "lora_alpha": cell.r if cell.alpha == "r" else 1,
         "target_modules": [f"hidden.{i}" for i in range(len(model.hidden))],
         "modules_to_save": ["head"],
+        "decay_beta": True,  # the paper's setting, read literally
     }
     return get_peft_model(model, hf_lottalora.LottaLoraConfig(**{**settings, **options}))
 
@@ -165,10 +166,12 @@ def run(
     args: argparse.Namespace,
     schedule: tuple[str, int] | None = None,
     options: dict[str, Any] | None = None,
+    weight_decay: float = 1e-2,
 ) -> dict[str, Any]:
     """Train one model and score it.
 
     `schedule` and a number of scaffolds resample the scaffold on the way; `options` change the `LottaLoraConfig`.
+    Everything trained is decayed, but beta with `decay_beta=False`.
     """
     torch.set_num_threads(args.threads)
     train, test = load_data(args)
@@ -187,7 +190,10 @@ def run(
     rows = round(VALIDATION_SHARE * len(order))
     validation, train = train[order[:rows]], train[order[rows:]]
     steps = -(-len(train.y) // args.batch_size) * args.epochs
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2, foreach=True)
+    undecayed = [p for name, p in model.named_parameters() if name.endswith("lora_beta.default.norm")]
+    decayed = [p for p in parameters if not any(p is other for other in undecayed)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     curve = []

@@ -6,7 +6,8 @@
 - `scaffold`: W = 0 while training (with A and B starting at random), the static one, and the static one removed after
   training, at r = 1, 2, 4, 8;
 - `b_init`: B zero or Kaiming uniform, at r = 1, 2, 4, 8;
-- `heads`: the head trained whole, or drawn and frozen with an adapter of its own, without or with its bias trained.
+- `heads`: the head trained whole, or drawn and frozen with an adapter of its own, without or with its bias trained;
+- `decay`: weight decay on everything trained, as the paper's setting reads, or on everything but beta, at r = 8.
 
 All with alpha = r, see `mnist.py`. Finished runs are kept, so it can be interrupted and repeated.
 
@@ -18,6 +19,7 @@ All with alpha = r, see `mnist.py`. Finished runs are kept, so it can be interru
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import mean, median, stdev
@@ -71,11 +73,13 @@ class Variant:
     r: int
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     schedule: tuple[str, int] | None = None
+    weight_decay: float = 1e-2
 
     @property
     def key(self) -> str:
         """Names the run, whichever tables use it."""
         parts = [f"r={self.r}", *(f"{name}={value}" for name, value in sorted(self.options.items()))]
+        parts += [f"weight_decay={self.weight_decay}"] if self.weight_decay != 1e-2 else []
         return "/".join([*parts, *([f"{self.schedule[0]}={self.schedule[1]}"] if self.schedule else [])])
 
 
@@ -98,13 +102,18 @@ def variants(table: str) -> Iterator[Variant]:
             yield Variant("full", r, {"family": "normal"})
             yield Variant("lora", r, {"target_modules": LAYERS, "modules_to_save": None})
             yield Variant("lora+bias", r, {"target_modules": LAYERS, "modules_to_save": ["head.bias"]})
+    elif table == "decay":
+        for weight_decay in (1e-2, 1e-1):
+            literal = {"family": "normal"} if weight_decay == 1e-2 else {"decay_beta": True}
+            yield Variant(f"{weight_decay}", 8, literal, weight_decay=weight_decay)
+            yield Variant(f"{weight_decay}, not on beta", 8, {"decay_beta": False}, weight_decay=weight_decay)
     else:
         for r in (1, 2, 4, 8):
             yield Variant("zeros", r, {"family": "normal"})
             yield Variant("kaiming", r, {"family": "normal", "init_lora_weights": False})
 
 
-TABLES = ("families", "resampling", "scaffold", "b_init", "heads")
+TABLES = ("families", "resampling", "scaffold", "b_init", "heads", "decay")
 SMALLER = ("kaiming_normal", "kaiming_uniform", "spectral_radius")  # families with less than the fan-in scale
 LAYERS = [*(f"hidden.{i}" for i in range(len(WIDTHS["medium"]))), "head"]
 
@@ -120,7 +129,7 @@ def rows(table: str, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, An
         for other, values in scores.items():
             name = other or variant.name
             if values:
-                paper = PAPER[table]
+                paper = PAPER.get(table, {})
                 found.append(
                     {
                         "variant": name,
@@ -152,7 +161,20 @@ def markdown(table: str, found: list[dict[str, Any]]) -> str:
             means = [row["mean"] for row in kept]
             spreads.append(f"{max(means) - min(means):.2f}")
         lines.append(f"\nSpread of the means: {spreads[0]} points, {spreads[1]} without {', '.join(SMALLER)}.")
+    if table == "decay":
+        lines.append(
+            f"\nThe schedule alone, without a gradient, takes a decayed beta to {decayed(1e-3, 1e-2, 8440):.3f} and "
+            f"{decayed(1e-3, 1e-1, 8440):.3f} here, to {decayed(1e-4, 0.1, 34_429, 200):.2f} in the paper's runs on "
+            f"WikiText-103, and to {(1 - 1e-2 * 0.1) ** 500:.3f} in 500 steps at a learning rate of 1e-2 and decay 0.1."
+        )
     return "\n".join(lines)
+
+
+def decayed(lr: float, weight_decay: float, steps: int, warm_up: int = 0) -> float:
+    """What AdamW makes of a 1 without a gradient, under a cosine schedule."""
+    rates = [lr * step / warm_up for step in range(warm_up)]
+    rates += [lr * (1 + math.cos(math.pi * step / (steps - warm_up))) / 2 for step in range(steps - warm_up)]
+    return math.prod(1 - rate * weight_decay for rate in rates)
 
 
 def parse_args() -> argparse.Namespace:
@@ -172,7 +194,7 @@ def main() -> None:
         for key, variant in wanted.items():
             if seed not in {found["seed"] for found in result["runs"].get(key, [])}:
                 cell = Cell("medium", "lottalora", variant.r, "r")
-                jobs[key, seed] = (cell, seed, args, variant.schedule, variant.options)
+                jobs[key, seed] = (cell, seed, args, variant.schedule, variant.options, variant.weight_decay)
     for (key, seed), found in run_jobs(run, jobs, args.workers):
         result["runs"].setdefault(key, []).append(found)
         tqdm.write(f"{key}/seed={seed}: {found['test_accuracy']:.2%}, {found['seconds']} s")

@@ -19,15 +19,8 @@ from ._registry import register as _register
 
 _register()
 
-from .artifact.auto import (  # noqa: E402
-    AutoLottaLoraModel,
-    AutoLottaLoraModelForCausalLM,
-    AutoLottaLoraModelForImageClassification,
-    AutoLottaLoraModelForQuestionAnswering,
-    AutoLottaLoraModelForSeq2SeqLM,
-    AutoLottaLoraModelForSequenceClassification,
-    AutoLottaLoraModelForTokenClassification,
-)
+from .artifact import auto_classes as _auto_classes  # noqa: E402
+from .artifact.auto_classes import *  # noqa: E402, F403
 from .config import LottaLoraConfig  # noqa: E402
 from .experiments.beta_report import BetaCallback, BetaReport, beta_report  # noqa: E402
 from .experiments.cost_report import CostReport, cost_report  # noqa: E402
@@ -39,18 +32,12 @@ from .scaffold.draw import FORMAT_VERSION  # noqa: E402
 from .scaffold.families import FAMILIES, Family, get_family, register_family  # noqa: E402
 from .scaffold.tensor import ScaffoldTensor  # noqa: E402
 from .tuner.distributed import RanksAgreeCallback, check_ranks_agree  # noqa: E402
+from .tuner.groups import parameter_groups  # noqa: E402
 from .tuner.model import LottaLoraModel  # noqa: E402
 
 __all__ = [
     "FAMILIES",
     "FORMAT_VERSION",
-    "AutoLottaLoraModel",
-    "AutoLottaLoraModelForCausalLM",
-    "AutoLottaLoraModelForImageClassification",
-    "AutoLottaLoraModelForQuestionAnswering",
-    "AutoLottaLoraModelForSeq2SeqLM",
-    "AutoLottaLoraModelForSequenceClassification",
-    "AutoLottaLoraModelForTokenClassification",
     "BetaCallback",
     "BetaReport",
     "CostReport",
@@ -69,5 +56,7 @@ __all__ = [
     "get_family",
     "make_plan",
     "minimum_sufficient_rank",
+    "parameter_groups",
     "register_family",
 ]
+__all__ += _auto_classes.__all__

@@ -1,7 +1,12 @@
-"""Makes LottaLoRA a PEFT method. The only place that touches PEFT's closed enum and its mappings."""
+"""Makes LottaLoRA a PEFT method. The only place that touches PEFT's closed enum, its mappings and its classes."""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+from peft import PeftModel
+from peft.auto import _BaseAutoPeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -22,6 +27,44 @@ def _add_peft_type() -> None:
     type.__setattr__(PeftType, NAME, member)
 
 
+def _refuse_push_on_save() -> None:
+    """`save_pretrained(push_to_hub=True)`, which PEFT takes and then ignores. Nothing of ours sees that argument."""
+    save = PeftModel.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("push_to_hub") and any(config.peft_type == NAME for config in self.peft_config.values()):
+            raise ValueError(
+                "save_pretrained does not push to the hub, and nothing was written. Save without push_to_hub=True, and "
+                "call model.push_to_hub('user/name'), which takes private, token, revision, commit_message, create_pr."
+            )
+        save(self, save_directory, *args, **kwargs)
+
+    PeftModel.save_pretrained = save_pretrained
+
+
+def _load_without_a_base() -> None:
+    """`AutoPeftModelForX.from_pretrained(path)` for an artifact that has no base model: as our own loader for X."""
+    load = _BaseAutoPeftModel.from_pretrained.__func__
+
+    @functools.wraps(load)
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
+        from .artifact.auto_classes import loader_for
+
+        path = pretrained_model_name_or_path
+        kwargs |= zip(("is_trainable", "config", "revision", "import_allowlist"), args, strict=False)
+        loader = loader_for(cls._target_class, path, **kwargs)
+        if loader is None:
+            return load(cls, path, adapter_name, **kwargs)
+        kwargs.pop("import_allowlist", None)  # nothing is imported by name
+        options = {key: value for key, value in kwargs.items() if value is not None}
+        return loader.from_pretrained(path, adapter_name=adapter_name, **options)
+
+    _BaseAutoPeftModel.from_pretrained = classmethod(from_pretrained)
+
+
 def register() -> None:
     """Register the method; again is harmless.
 
@@ -40,4 +83,6 @@ def register() -> None:
         raise RuntimeError(f"The PEFT method {NAME} is already registered by {taken_by.__module__}.")
     # The prefix must be LoRA's: under another one PEFT freezes A and B and stops reporting missing keys.
     register_peft_method(name=NAME.lower(), config_cls=LottaLoraConfig, model_cls=LottaLoraModel, prefix="lora_")
+    _refuse_push_on_save()
+    _load_without_a_base()
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is LottaLoraModel and PEFT_TYPE_TO_PREFIX_MAPPING[member] == "lora_"

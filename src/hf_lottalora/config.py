@@ -6,11 +6,13 @@ import dataclasses
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from peft import LoraConfig
 from peft.utils import PeftType
+from torch import nn
 
 from .options import (
     REFUSED,
@@ -19,12 +21,13 @@ from .options import (
     Magnitude,
     Redraw,
     TrainOrFrozen,
-    check_choices,
+    check_biases,
     check_format,
-    check_numbers,
     check_patterns,
     check_refused,
+    check_scale,
     check_token_indices,
+    check_types,
 )
 from .residency.forms import Residency, check_residency
 from .scaffold.draw import GENERATOR, check_seed
@@ -50,6 +53,10 @@ class ArtifactFiles(Protocol):
 artifact_files: ArtifactFiles = None  # type: ignore[assignment]
 
 
+class DefaultTargets(set[str]):
+    """What was chosen for a config without `target_modules`, where PEFT wants to see names; it goes on meaning None."""
+
+
 @dataclass
 class LottaLoraConfig(LoraConfig):
     """Configuration of a LottaLoRA adapter: `h = beta * W_seed h + scaling * B A h` (paper section 1).
@@ -60,7 +67,8 @@ class LottaLoraConfig(LoraConfig):
 
     Raises:
         TypeError: `seed` or `adapter_seed` is missing or not an integer.
-        ValueError: a value is out of range, or an option makes no sense over a random scaffold; the message names it.
+        ValueError: a value is of another type or out of range, or an option makes no sense over a random scaffold; the
+            message names it.
 
     Example:
         >>> from hf_lottalora import LottaLoraConfig
@@ -149,6 +157,16 @@ class LottaLoraConfig(LoraConfig):
     train_beta: bool = field(
         default=True, metadata={"help": "Train beta (default, paper section 1); otherwise it stays 1."}
     )
+    decay_beta: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether Trainer, and `parameter_groups`, apply weight decay to beta, and with it to DoRA's "
+            "magnitudes and the weights of layer_norm (default ours: not; decay pulls beta to 0, where the scaffold is "
+            "silent). The paper's setting, read literally, and that of version 0.1, is True: to resume a Trainer "
+            "checkpoint of 0.1 with its optimizer, pass it. With another value than the checkpoint's, torch says that "
+            "a parameter group doesn't match the size of the optimizer's group."
+        },
+    )
     family_pattern: dict[str, str] = field(
         default_factory=dict,
         metadata={
@@ -186,6 +204,13 @@ class LottaLoraConfig(LoraConfig):
     lottalora_version: str | None = field(
         default=None, metadata={"help": "hf_lottalora version that wrote the file, filled in."}
     )
+    resolved_targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Paths of the layers that carry adapters; written on save. A file that has them means these, "
+            "whatever target_modules would mean in a later version."
+        },
+    )
     scaffold_digests: dict[str, str] | None = field(
         default=None,
         metadata={"help": "Digest of each drawn tensor by canonical name; written on save, checked on load."},
@@ -203,15 +228,21 @@ class LottaLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         from_file = getattr(self, "peft_type", None) is not None
+        self.trainable_token_indices = self.token_indices
+        self._check_types()
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+            if isinstance(value := getattr(self, name), (set, tuple)):  # PEFT knows lists, and makes sets of some
+                setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
         super().__post_init__()
         self.peft_type = PeftType.LOTTALORA  # type: ignore[attr-defined]
         # Set when the config is used and when its adapter's tensors are collected; read when it is saved.
         self._plan: Any = None
+        self._custom_modules = {nn.Module: _refuse_lora_tuner}  # asked by PEFT's LoraModel, not by ours
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
-        self._artifact_architecture: dict[str, Any] | None = None
+        self._artifact_architecture: str | None = None  # path of its config.json
+        self._values_follow = False  # a file has them, so no starting values are drawn
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
-        self.trainable_token_indices = self.token_indices
         self.format_version = check_format(self.format_version, self.generator, from_file)
         if self.seed is None:
             raise TypeError(
@@ -225,18 +256,7 @@ class LottaLoraConfig(LoraConfig):
             self.adapter_seed = check_seed(self.adapter_seed, "adapter_seed")
         if self.scale is None:
             self.scale = get_family(self.family).scale_rule
-        values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
-        check_choices(values)
-        check_patterns(values)
-        check_residency(self.residency, {self.family, *self.family_pattern.values()})
-        check_numbers(values)
-        check_token_indices(self.trainable_token_indices)
-        extras = [name for name in ("layer_norm", "residual") if getattr(self, name)]
-        if extras and self.embeddings == "lora":
-            raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
-        if self.dora_magnitude != "outputs" and not self.use_dora:
-            raise ValueError(f"dora_magnitude={self.dora_magnitude!r} needs use_dora=True.")
-        check_refused(values)
+        self.check()
         if self.family == "zero" and self.init_lora_weights is True and not from_file:
             warnings.warn(
                 "family='zero' with B = 0 passes nothing on, and no gradient back: most adapters will not learn. Pass "
@@ -244,6 +264,32 @@ class LottaLoraConfig(LoraConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _check_types(self) -> dict[str, Any]:
+        values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+        check_refused(values)
+        check_types(values, _hints())
+        return values
+
+    def check(self) -> None:
+        """Whether all fields fit, alone and together: when a config is made, and again when it is used.
+
+        Raises:
+            TypeError, ValueError: as the class.
+        """
+        values = self._check_types()
+        check_seed(self.seed)
+        check_seed(self.effective_adapter_seed, "adapter_seed")
+        check_scale(values)
+        check_patterns(values)
+        check_biases(values)
+        check_token_indices(self.token_indices)
+        check_residency(self.residency, {self.family, *self.family_pattern.values()})
+        extras = [name for name in ("layer_norm", "residual") if getattr(self, name)]
+        if extras and self.embeddings == "lora":
+            raise ValueError(f"{', '.join(extras)} is for layers that multiply, not for embeddings='lora'.")
+        if self.dora_magnitude != "outputs" and not self.use_dora:
+            raise ValueError(f"dora_magnitude={self.dora_magnitude!r} needs use_dora=True.")
 
     @property
     def effective_adapter_seed(self) -> int:
@@ -290,12 +336,27 @@ class LottaLoraConfig(LoraConfig):
         recorded: dict[str, Any] = {}
         if self._plan is not None:
             recorded = {**self._plan.recorded_digests(), "other_dtypes": self._other_dtypes}
+            recorded["resolved_targets"] = list(self._plan.targets)
+        if isinstance(self.target_modules, DefaultTargets):
+            recorded["target_modules"] = None
         if self.redraw == "all":
             self.base_model_name_or_path = None  # nothing of it survives
         saved = dataclasses.replace(self, **recorded, lottalora_version=_package_version())
         LoraConfig.save_pretrained(saved, str(save_directory), **kwargs)
         if self._plan is not None:
             artifact_files.complete_artifact(self._plan, save_directory, self._saved_dtype)
+
+
+def _refuse_lora_tuner(*args: Any, **kwargs: Any) -> nn.Module:
+    raise ValueError(
+        "A LottaLoRA adapter was given to PEFT's LoRA tuner, which draws no scaffold. Use get_peft_model, or "
+        "PeftModel.from_pretrained for an artifact."
+    )
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(LottaLoraConfig)
 
 
 def _field_list() -> str:

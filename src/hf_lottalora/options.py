@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping
-from typing import Any, Literal, TypeGuard, get_args
+import sys
+from collections.abc import Callable, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import torch
 from peft import LoraConfig
+from peft.utils import TaskType
 
 from .scaffold.draw import FORMAT_VERSION, GENERATOR
 from .scaffold.families import get_family
@@ -42,6 +45,123 @@ REFUSED = {
 }
 
 
+class Only(NamedTuple):
+    """A condition on the values of a type, in words and as a function."""
+
+    says: str
+    holds: Callable[[Any], bool]
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+_RANK = Annotated[int, Only("a positive integer", lambda value: value > 0)]
+_POSITIVE = Annotated[float, Only("a positive number", lambda value: 0 < value <= sys.float_info.max)]
+_FAMILY = Annotated[str, Only("the name of a family", bool)]
+_MODULES = list[Annotated[str, Only("a module name", bool)]] | Annotated[str, Only("a regular expression", bool)] | None
+
+# Where the annotation of a field says less, or (PEFT's) something else, than what is taken here.
+TAKES: dict[str, Any] = {
+    "task_type": Annotated[str, Only(f"one of {[t.value for t in TaskType]}", lambda value: value in list(TaskType))]
+    | None,
+    "peft_type": Literal["LOTTALORA"] | None,
+    "auto_mapping": dict[str, str | float | bool | None] | None,
+    "family": _FAMILY,
+    "family_pattern": dict[str, _FAMILY],
+    "r": _RANK,
+    "target_modules": _MODULES,
+    "exclude_modules": _MODULES,
+    "rank_pattern": dict[str, _RANK],
+    "lora_alpha": _POSITIVE,
+    "alpha_pattern": dict[str, _POSITIVE],
+    "lora_dropout": Annotated[float, Only("a number in [0, 1)", lambda value: 0 <= value < 1)],
+    "other_dtypes": dict[str, Annotated[str, Only("the name of a dtype of torch", _is_dtype)]] | None,
+}
+# Each of these has a check of its own, with more to say.
+TAKES |= dict.fromkeys(("seed", "adapter_seed", "init_lora_weights", "trainable_token_indices", *REFUSED), Any)
+
+
+def check_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Every field against its annotation, or what `TAKES` says instead: containers and dataclasses element by element.
+
+    A list may be a set or tuple, a float an int; True and False are no numbers.
+
+    Raises:
+        ValueError: the first value that does not fit, by name: what was expected, and what was found.
+    """
+    for name, value in values.items():
+        misfit = _misfit(name, value, TAKES.get(name, hints[name]))
+        if misfit:
+            where, found, expected = misfit
+            kind = "" if found is None else f" ({type(found).__name__})"
+            raise ValueError(f"{where} must be {expected}, got {found!r}{kind}.")
+
+
+class _Misfit(NamedTuple):
+    where: str
+    found: Any
+    expected: str
+
+
+def _misfit(name: str, value: Any, hint: Any) -> _Misfit | None:
+    """The innermost part of a value that its annotation does not allow."""
+    origin, args = get_origin(hint), get_args(hint)
+    parts: list[tuple[str, Any, Any]] = []
+    if origin is Annotated:
+        base, only = args
+        within = _misfit(name, value, base)
+        if within is not None and within.where != name:
+            return within
+        fits = within is None and only.holds(value)
+    elif origin in (Union, UnionType):
+        within_each = [_misfit(name, value, option) for option in args]
+        fits = None in within_each
+        if not fits:
+            return next((m for m in within_each if m and m.where != name), _Misfit(name, value, _described(hint)))
+    elif origin is Literal:
+        fits = any(isinstance(value, type(choice)) and value == choice for choice in args)
+    elif origin is list:
+        fits = isinstance(value, (list, set, tuple))
+        parts = [(f"{name}[{i}]", item, args[0]) for i, item in enumerate(value if fits else ())]
+    elif origin is dict:
+        fits = isinstance(value, Mapping)
+        for key, item in (value if fits else {}).items():
+            parts += [(f"{name}'s key {key!r}", key, args[0]), (f"{name}[{key!r}]", item, args[1])]
+    elif hint in (int, float):
+        fits = isinstance(value, (int, hint)) and not isinstance(value, bool)
+    else:
+        fits = hint is Any or isinstance(value, hint)
+        if fits and dataclasses.is_dataclass(hint):
+            parts = [(f"{name}.{key}", getattr(value, key), inner) for key, inner in get_type_hints(hint).items()]
+    if not fits:
+        return _Misfit(name, value, _described(hint))
+    return next((m for part in parts if (m := _misfit(*part))), None)
+
+
+def _described(hint: Any) -> str:
+    """An annotation in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return str(args[1].says)
+    if origin in (Union, UnionType):
+        *first, last = map(_described, args)
+        return f"{', '.join(first)} or {last}"
+    if origin is Literal:
+        return f"one of {list(args)}"
+    if origin is list:
+        return f"a list of {_plural(args[0])}"
+    if origin is dict:
+        return f"a dict from {_plural(args[0])} to {_plural(args[1])}"
+    words = {int: "an integer", float: "a number", str: "a string", bool: "True or False", NoneType: "None"}
+    return words.get(hint) or f"a {hint.__name__}"
+
+
+def _plural(hint: Any) -> str:
+    article, _, noun = (text := _described(hint)).partition(" ")
+    return f"{noun}s" if article in ("a", "an") else text
+
+
 def check_format(version: int | None, generator: str, from_file: bool) -> int:
     """The scaffold's format, the one drawn here where a new config names none.
 
@@ -57,35 +177,18 @@ def check_format(version: int | None, generator: str, from_file: bool) -> int:
         version = FORMAT_VERSION
     if version != FORMAT_VERSION or generator != GENERATOR:
         raise ValueError(
-            f"Scaffold format {version!r} with generator {generator!r} is not known to this "
+            f"Scaffold format {version!r} (format_version) with generator {generator!r} is not known to this "
             f"version of hf_lottalora, which draws format {FORMAT_VERSION} with {GENERATOR!r}. "
             "Upgrade with: pip install -U hf-lottalora"
         )
     return version
 
 
-def check_choices(values: Mapping[str, Any]) -> None:
-    """Fields with a fixed set of values, and the scale rule, which the family limits."""
-    for name, choices in (
-        ("redraw", get_args(Redraw)),
-        ("embeddings", get_args(Embeddings)),
-        ("head", (*get_args(Head), None)),
-        ("norms", get_args(TrainOrFrozen)),
-        ("dora_magnitude", get_args(Magnitude)),
-        ("biases", get_args(TrainOrFrozen)),
-        ("bias", ("none", "all", "lora_only")),
-    ):
-        if values[name] not in choices:
-            raise ValueError(f"{name} must be one of {list(choices)}, got {values[name]!r}.")
-    for name in ("train_beta", "save_kept", "layer_norm", "residual", "use_dora", "use_rslora", "lora_bias"):
-        if not isinstance(values[name], bool):
-            raise ValueError(f"{name} must be True or False, got {values[name]!r}.")
-    if values["bias"] != "none" and values["biases"] == "train":
-        raise ValueError(
-            f"bias={values['bias']!r} and biases='train' both say which biases are trained. Drop one of them."
-        )
+def check_scale(values: Mapping[str, Any]) -> None:
+    """The scale rule, which the family limits."""
     rule, gain = values["scale"], get_family(values["family"]).scale_rule == "gain"
-    if not ((_is_positive(rule) and 1e-30 < rule < 1e30) or (rule in SCALE_RULES and (rule == "gain") == gain)):
+    number = not isinstance(rule, str) and rule is not None
+    if not ((number and 1e-30 < rule < 1e30) or (rule in SCALE_RULES and (rule == "gain") == gain)):
         rules = [] if gain else [name for name in SCALE_RULES if name != "gain"]
         raise ValueError(
             f"scale must be None, {', '.join(map(repr, [*rules]))}{', ' if rules else ''}or a positive number for "
@@ -94,31 +197,27 @@ def check_choices(values: Mapping[str, Any]) -> None:
 
 
 def check_patterns(values: Mapping[str, Any]) -> None:
-    """Fields that name modules: regular expressions that compile, with values of the right type."""
-    for name, what, fits in (
-        ("family_pattern", "the name of a family", lambda value: isinstance(value, str)),
-        ("seed_pattern", "an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-        ("train_beta_pattern", "True or False", lambda value: isinstance(value, bool)),
-        ("rank_pattern", "a positive integer", is_rank),
-        ("alpha_pattern", "a positive number", _is_positive),
-    ):
-        pattern = values[name]
-        if not isinstance(pattern, Mapping):
-            raise ValueError(f"{name} must be a dict with patterns of module names as keys, got {pattern!r}.")
-        for key, value in pattern.items():
+    """Fields that name modules by regular expressions, and families."""
+    for name in ("family_pattern", "seed_pattern", "train_beta_pattern", "rank_pattern", "alpha_pattern"):
+        for key in values[name]:
             _check_regex(name, key)
-            if not fits(value):
-                raise ValueError(f"{name}[{key!r}] must be {what}, got {value!r}.")
-    for family in values["family_pattern"].values():
-        get_family(family)
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
         wanted = values[name]
-        if isinstance(wanted, str):
-            _check_regex(name, wanted)
-        elif wanted is not None and not (
-            isinstance(wanted, (list, set, tuple)) and all(isinstance(entry, str) for entry in wanted)
-        ):
-            raise ValueError(f"{name} must be a list of module names or a regular expression, got {wanted!r}.")
+        for pattern in [wanted] if isinstance(wanted, str) else wanted or () if name == "layers_pattern" else ():
+            _check_regex(name, pattern)
+    for key, family in values["family_pattern"].items():
+        try:
+            get_family(family)
+        except ValueError as error:
+            raise ValueError(f"family_pattern[{key!r}]: {error}") from None
+
+
+def check_biases(values: Mapping[str, Any]) -> None:
+    """Two fields that say which biases are trained."""
+    if values["bias"] != "none" and values["biases"] == "train":
+        raise ValueError(
+            f"bias={values['bias']!r} and biases='train' both say which biases are trained. Drop one of them."
+        )
 
 
 def check_token_indices(given: Any) -> None:
@@ -132,17 +231,6 @@ def check_token_indices(given: Any) -> None:
             )
 
 
-def check_numbers(values: Mapping[str, Any]) -> None:
-    """Rank, alpha and dropout."""
-    if not is_rank(values["r"]):
-        raise ValueError(f"r must be a positive integer, got {values['r']!r}.")
-    if not _is_positive(values["lora_alpha"]):
-        raise ValueError(f"lora_alpha must be a positive number, got {values['lora_alpha']!r}.")
-    dropout = values["lora_dropout"]
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout must be a number in [0, 1), got {dropout!r}.")
-
-
 def check_refused(values: Mapping[str, Any]) -> None:
     """Options of PEFT's LoRA that make no sense here."""
     if not isinstance(values["init_lora_weights"], bool):
@@ -151,24 +239,21 @@ def check_refused(values: Mapping[str, Any]) -> None:
             "pretrained weight to start from. Use True (A Kaiming uniform, B zero) or False (both Kaiming uniform)."
         )
     for option in dataclasses.fields(LoraConfig):
-        if option.name in REFUSED and values[option.name] != _default(option):
+        value, default = values[option.name], _default(option)
+        if option.name in REFUSED and not (type(value) is type(default) and value == default):
             raise ValueError(f"LottaLoraConfig does not take {option.name}: {REFUSED[option.name]}.")
 
 
-def _check_regex(name: str, pattern: Any) -> None:
+def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except (re.error, TypeError) as error:
+    except (re.error, OverflowError) as error:
         raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}.") from None
 
 
 def is_rank(value: Any) -> bool:
     """Whether it is a positive integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_positive(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return _misfit("", value, _RANK) is None
 
 
 def _default(option: dataclasses.Field[Any]) -> Any:

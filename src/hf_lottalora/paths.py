@@ -14,8 +14,9 @@ def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         yield path, module
-        for name, child in module.named_children():
-            yield from walk(f"{path}.{name}" if path else name, child)
+        for name, child in module._modules.items():  # named_children() would name a shared child once
+            if child is not None:
+                yield from walk(f"{path}.{name}" if path else name, child)
 
     yield from walk("", model)
 

@@ -16,6 +16,7 @@ from hf_lottalora import (
     AutoLottaLoraModel,
     AutoLottaLoraModelForCausalLM,
     AutoLottaLoraModelForSequenceClassification,
+    ScaffoldTensor,
 )
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -189,12 +190,44 @@ def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("rows", [120, 60])
+@pytest.mark.parametrize("options", [{}, {"embeddings": "frozen"}, {"embeddings": "frozen", "redraw": "none"}])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_a_model_that_was_resized_later_is_refused_before_anything_is_overwritten(
-    saved: tuple[PeftModel, Path],
+    options: dict[str, Any], rows: int, tie: bool, tmp_path: Path
 ) -> None:
-    model, folder = saved
-    before = (folder / WEIGHTS).read_bytes()
-    model.resize_token_embeddings(120)
-    with pytest.raises(ValueError, match=r"embed_tokens.weight' with shape \(120, 32\).* before get_peft_model"):
-        model.save_pretrained(folder)
-    assert (folder / WEIGHTS).read_bytes() == before
+    model = get_peft_model(llama(tie_word_embeddings=tie), config(**options, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    files = {file: file.read_bytes() for file in tmp_path.iterdir() if file.name != "README.md"}  # PEFT writes it first
+    model.get_base_model().resize_token_embeddings(rows, mean_resizing=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    message = rf"The model has '\S+' with shape \({rows}, 32\), expected \(99, 32\). Change a .* before get_peft_model"
+    attempts: list[Any] = [
+        lambda: model.save_pretrained(tmp_path),
+        lambda: model.load_adapter(tmp_path, "default"),
+        lambda: model.add_adapter("other", config(**options)),
+        lambda: model.set_residency("packed"),
+    ]
+    if "redraw" not in options:
+        attempts += [lambda: model.set_scaffold_seed(43), lambda: model.scaffold_off().__enter__()]
+    if options == {"embeddings": "frozen"}:
+        attempts += [lambda full=full: model.verify_scaffold(full=full) for full in (False, True)]
+    else:
+        attempts += [lambda: model.disable_adapter().__enter__()] if "redraw" not in options else []
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=message):
+            attempt()
+        after = model.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert files == {file: file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("family", ["normal", "binary", "orthogonal"])
+@pytest.mark.parametrize("full", [True, False])
+def test_a_tensor_of_another_shape_is_not_what_is_drawn(family: str, full: bool) -> None:
+    spec = ScaffoldTensor("a", (8, 8), 1, family)
+    drawn = spec.draw()
+    assert spec.is_in(drawn, full)
+    for other in (drawn.flatten(), drawn[None], drawn[:1], torch.cat([drawn, drawn]), drawn.view(4, 16)):
+        assert not spec.is_in(other, full)

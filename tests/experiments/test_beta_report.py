@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from hf_lottalora.experiments.beta_report import spectral_norm
 def with_betas(values: list[float]) -> nn.Module:
     model = get_peft_model(llama(), config())
     for layer, value in zip([m for m in model.modules() if hasattr(m, "lora_beta")], values, strict=True):
-        layer.lora_beta["default"].data.fill_(value)
+        layer.lora_beta["default"].value.data.fill_(value)
     return model
 
 
@@ -65,23 +67,52 @@ def test_plot(tmp_path: Path) -> None:
     beta_report(plain).plot()
 
 
-def test_trainer_logs_betas(tmp_path: Path) -> None:
-    model = get_peft_model(bert(), config(task_type="SEQ_CLS"))
+def trainer_of(model: nn.Module, folder: Path, **options: Any) -> Trainer:
     data = [{"input_ids": torch.arange(3, 9), "labels": i % 2} for i in range(8)]
     args = TrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         max_steps=4,
         logging_steps=2,
         learning_rate=0.1,
-        report_to="none",
+        report_to=options.pop("report_to", "none"),
+        save_strategy=options.pop("save_strategy", "no"),
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=args, train_dataset=data)  # type: ignore[arg-type]
-    trainer.add_callback(BetaCallback(trainer))
+    return Trainer(model=model, args=args, train_dataset=data, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["nothing", "the trainer"])
+def test_trainer_logs_betas(tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(bert(), config(task_type="SEQ_CLS"))
+    if given == "nothing":
+        trainer = trainer_of(model, tmp_path, callbacks=[BetaCallback()], save_strategy="steps")
+    else:
+        trainer = trainer_of(model, tmp_path)
+        trainer.add_callback(BetaCallback(trainer))
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "beta_median" in entry]
     assert [entry["step"] for entry in logged] == [2, 4]
     summary = beta_report(model, spectral_norms=False).summary
     assert logged[-1]["beta_min"] == pytest.approx(summary["min"])
     assert logged[-1]["beta_max"] == pytest.approx(summary["max"])
+    assert logged[0]["beta_max"] != logged[1]["beta_max"]
+    assert capsys.readouterr().out.count("beta_median") == 2
+    if given == "nothing":
+        assert all("loss" in entry for entry in logged)
+        saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+        assert saved["log_history"][-1] == logged[-1]
+
+
+def test_reporters_that_do_not_get_betas_are_named(tmp_path: Path) -> None:
+    trainer = trainer_of(get_peft_model(bert(), config()), tmp_path, callbacks=[BetaCallback()])
+    trainer.args.report_to = ["tensorboard"]
+    with pytest.warns(UserWarning, match=r"report_to=\['tensorboard'\] before any callback.*BetaCallback\(trainer\)"):
+        trainer.train()
+
+
+def test_a_model_without_betas_is_refused_before_training(tmp_path: Path) -> None:
+    trainer = trainer_of(bert(), tmp_path, callbacks=[BetaCallback()])
+    with pytest.raises(ValueError, match="Expected a PeftModel with a LottaLoRA adapter, got BertForSequence"):
+        trainer.train()
+    assert trainer.state.global_step == 0

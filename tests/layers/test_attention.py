@@ -70,9 +70,9 @@ def literal(layer: Any, base: str, x: list[torch.Tensor], name: str = "default",
             continue
         adapter = getattr(layer, key.removesuffix("_weight").removesuffix(".weight"))
         A, B = adapter.lora_A[name].weight, adapter.lora_B[name].weight
-        V = adapter.lora_beta[name] * W + 6 / 4 * B @ A
+        V = adapter.lora_beta[name].value * W + 6 / 4 * B @ A
         if name in adapter.lora_magnitude:
-            magnitude = adapter.lora_magnitude[name]
+            magnitude = adapter.lora_magnitude[name].value
             norm = V.detach().norm(dim=1 if magnitude.dim() == 1 else 0, keepdim=True)
             V = magnitude.view_as(norm) / norm * V
         if adapter.residual[name] and V.shape[0] == V.shape[1]:
@@ -127,7 +127,8 @@ def test_life_of_a_model(base: str, redraw: str, tmp_path: Path) -> None:
     y = model(*x)
     before = {name: p.clone() for name, p in layer.base_layer.named_parameters()}
     plan = model.get_plan()
-    live = {n.replace(".default", ""): tuple(p.shape) for n, p in layer.named_parameters() if "lora_" in n}
+    named = ((n.replace(".default", "").removesuffix(".norm"), p) for n, p in layer.named_parameters())
+    live = {n: tuple(p.shape) for n, p in named if "lora_" in n}
     assert live == {
         f"{a.path}.{n}".removeprefix("mha."): s for a in plan.adapters for n, s in a.shapes.items() if "mha" in a.path
     }
@@ -187,8 +188,8 @@ def test_it_is_pefts_where_beta_is_one() -> None:
     options: dict[str, Any] = {"target_modules": ["mha"], "r": 4, "lora_alpha": 6}
     peft = get_peft_model(Attends(**BASES["fused"]), LoraConfig(**options)).double().eval().base_model.model.mha
     with torch.no_grad():
-        layer.in_proj.lora_beta["default"].fill_(1)
-        layer.out_proj.lora_beta["default"].fill_(1)
+        layer.in_proj.lora_beta["default"].value.fill_(1)
+        layer.out_proj.lora_beta["default"].value.fill_(1)
         layer.out_proj.lora_B["default"].weight.zero_()
         peft.lora_A["default"].weight.copy_(layer.in_proj.lora_A["default"].weight)
         peft.lora_B["default"].weight.copy_(layer.in_proj.lora_B["default"].weight)
@@ -213,7 +214,7 @@ def test_several_adapters() -> None:
     model.set_adapter("b")
     perturb(model)
     expected = {
-        name: getattr(layer, name).lora_beta["b"] * W
+        name: getattr(layer, name).lora_beta["b"].value * W
         + 6 / 2 * getattr(layer, name).lora_B["b"].weight @ getattr(layer, name).lora_A["b"].weight
         for name, W in (("in_proj", layer.in_proj_weight), ("out_proj", layer.base_layer.out_proj.weight))
     }
@@ -222,7 +223,7 @@ def test_several_adapters() -> None:
         part = getattr(layer, name)
         W = part.get_base_layer().weight
         A, B = part.lora_A["default"].weight, part.lora_B["default"].weight
-        summed = V + (part.lora_beta["default"] - 1) * W + 6 / 4 * B @ A
+        summed = V + (part.lora_beta["default"].value - 1) * W + 6 / 4 * B @ A
         torch.testing.assert_close(part.in_place()["weight"], summed.to(W.dtype))
     status = model.get_model_status()
     assert status.active_adapters == ["default", "b"] and status.merged_adapters == []
@@ -279,7 +280,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(*inputs(dtype=torch.float32))[0]
     y.float().sum().backward()
-    assert layer.in_proj.lora_beta["default"].grad.dtype == torch.float32
+    assert layer.in_proj.lora_beta["default"].value.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("residency", ["packed", "streamed"])
@@ -324,7 +325,7 @@ def test_training_changes_adapters_alone() -> None:
 def test_patterns_name_the_attention_module() -> None:
     model, layer = made(rank_pattern={"mha": 2}, train_beta_pattern={"mha": False})
     assert layer.in_proj.r == layer.out_proj.r == {"default": 2}
-    assert not layer.in_proj.lora_beta["default"].requires_grad
+    assert not layer.in_proj.lora_beta["default"].value.requires_grad
     assert model.get_plan().adapter_parameters == sum(p.numel() for p in layer.parameters() if p.requires_grad)
 
 

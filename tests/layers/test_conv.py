@@ -62,7 +62,7 @@ def literal(layer: ScaffoldConv, x: torch.Tensor, name: str = "default") -> torc
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     groups = base.groups
     products = [b.flatten(1) @ a.flatten(1) for a, b in zip(A.chunk(groups), B.chunk(groups), strict=True)]
-    kernel = layer.lora_beta[name] * base.weight + 6 / 8 * torch.cat(products).view(base.weight.shape)
+    kernel = layer.lora_beta[name].value * base.weight + 6 / 8 * torch.cat(products).view(base.weight.shape)
     if base.padding_mode != "zeros":
         x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
     padding = base.padding if base.padding_mode == "zeros" else 0
@@ -108,7 +108,7 @@ def test_double_backward() -> None:
     x = image("2d groups")
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     (literal_gradient,) = torch.autograd.grad(literal(layer, x).square().sum(), x, create_graph=True)
-    beta = layer.lora_beta["default"]
+    beta = layer.lora_beta["default"].value
     second = [torch.autograd.grad(g.square().sum(), beta)[0] for g in (gradient, literal_gradient)]
     torch.testing.assert_close(*second)
 
@@ -130,7 +130,7 @@ def test_several_adapters_dropout_and_disabling() -> None:
     model.add_adapter("other", config(r=4, target_modules=["0"]))
     model.base_model.set_adapter(["default", "other"])
     with torch.no_grad():
-        layer.lora_beta["other"].fill_(1.5)
+        layer.lora_beta["other"].value.fill_(1.5)
     base = F.conv2d(x, layer.base_layer.weight, None, padding=1)
     torch.testing.assert_close(layer(x), literal(layer, x) + 0.5 * base)
     with model.disable_adapter():
@@ -143,7 +143,7 @@ def test_autocast_keeps_to_bfloat16() -> None:
         y = layer(image("2d", torch.float32))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert layer.lora_beta["default"].grad.dtype == torch.float32
+    assert layer.lora_beta["default"].value.grad.dtype == torch.float32
 
 
 def bytes_kept(layer: nn.Module, x: torch.Tensor) -> int:

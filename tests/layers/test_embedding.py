@@ -50,9 +50,9 @@ def tokens() -> torch.Tensor:
 def table(layer: Any, name: str = "default") -> torch.Tensor:
     """`beta E + (alpha / r) (B A)^T`, with DoRA's magnitude per column of E, or per row."""
     A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-    V = layer.lora_beta[name] * layer.get_base_layer().weight + 6 / 4 * (B @ A).t()
+    V = layer.lora_beta[name].value * layer.get_base_layer().weight + 6 / 4 * (B @ A).t()
     if name in layer.lora_magnitude:
-        magnitude = layer.lora_magnitude[name]
+        magnitude = layer.lora_magnitude[name].value
         per_row = magnitude.dim() == 2
         norm = V.detach().norm(dim=1 if per_row else 0, keepdim=True)
         V = magnitude.view_as(norm) / norm * V
@@ -118,11 +118,11 @@ def test_it_is_pefts_where_beta_is_one(option: str) -> None:
     theirs = get_peft_model(Looks(), LoraConfig(r=4, lora_alpha=6, target_modules=["emb"], **OPTIONS[option])).double()
     peft = theirs.base_model.model.emb
     with torch.no_grad():
-        layer.lora_beta["default"].fill_(1)
+        layer.lora_beta["default"].value.fill_(1)
         peft.lora_embedding_A["default"].copy_(layer.lora_embedding_A["default"])
         peft.lora_embedding_B["default"].copy_(layer.lora_embedding_B["default"])
         if option == "dora":
-            peft.lora_magnitude_vector["default"].weight.copy_(layer.lora_magnitude["default"])
+            peft.lora_magnitude_vector["default"].weight.copy_(layer.lora_magnitude["default"].value)
     torch.testing.assert_close(model(tokens()), theirs(tokens()))
 
 

@@ -39,7 +39,7 @@ def literal(layer: ScaffoldLinear, x: torch.Tensor, adapters: int = 1) -> torch.
     y = Wx if base.bias is None else Wx + base.bias
     for i in range(adapters):
         name = f"a{i}"
-        A, B, beta = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_beta[name]
+        A, B, beta = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_beta[name].value
         y = y + (beta - 1) * Wx + (6 / 4) * (x @ A.t() @ B.t())
     return y
 
@@ -56,7 +56,7 @@ BASES = {
 def test_equals_the_literal_equation_with_gradients(base: str, adapters: int) -> None:
     layer, x = layer_of(BASES[base](), adapters=adapters)
     wanted = [x, *(p for name, p in layer.named_parameters() if p.requires_grad)]
-    assert any(p is layer.lora_beta["a0"] for p in wanted)
+    assert any(p is layer.lora_beta["a0"].value for p in wanted)
     grad = torch.randn(2, 3, 5, dtype=torch.float64)
     results = []
     for y in (layer(x), literal(layer, x, adapters)):
@@ -73,7 +73,7 @@ def test_first_and_second_derivatives(base: str) -> None:
     weight = layer.base_layer.weight.detach().requires_grad_()
     bias = layer.base_layer.bias
     bias = None if bias is None else bias.detach().requires_grad_()
-    A, B, beta = layer.lora_A["a0"].weight, layer.lora_B["a0"].weight, layer.lora_beta["a0"]
+    A, B, beta = layer.lora_A["a0"].weight, layer.lora_B["a0"].weight, layer.lora_beta["a0"].value
 
     def function(*tensors: torch.Tensor | None) -> torch.Tensor:
         return ScaledLinear.apply(*tensors, 0.7, isinstance(layer.base_layer, Conv1D))
@@ -138,7 +138,7 @@ def test_dropout_acts_on_the_adapter_alone() -> None:
     torch.manual_seed(3)
     dropped = layer.lora_dropout["a0"](x)
     A, B = layer.lora_A["a0"].weight, layer.lora_B["a0"].weight
-    base = layer.lora_beta["a0"] * (x @ layer.base_layer.weight.t()) + layer.base_layer.bias
+    base = layer.lora_beta["a0"].value * (x @ layer.base_layer.weight.t()) + layer.base_layer.bias
     torch.testing.assert_close(y, base + (6 / 4) * (dropped @ A.t() @ B.t()))
     torch.testing.assert_close(layer.eval()(x), literal(layer, x))
 
@@ -162,8 +162,8 @@ def test_autocast_matches_the_equation_in_bfloat16() -> None:
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y.float(), literal(layer, x), rtol=0.05, atol=0.15)
     y.float().sum().backward()
-    reference = torch.autograd.grad(literal(layer, x).sum(), layer.lora_beta["a0"])[0]
-    torch.testing.assert_close(layer.lora_beta["a0"].grad, reference, rtol=0.05, atol=0.5)
+    reference = torch.autograd.grad(literal(layer, x).sum(), layer.lora_beta["a0"].value)[0]
+    torch.testing.assert_close(layer.lora_beta["a0"].value.grad, reference, rtol=0.05, atol=0.5)
 
 
 def bytes_for_backward(model: nn.Module, batch: torch.Tensor) -> int:
@@ -251,13 +251,15 @@ def test_a_tied_head_shares_the_embeddings_adapter() -> None:
     perturb(model)
     embedding = model.base_model.model.model.embed_tokens
     A, B = embedding.lora_embedding_A["default"], embedding.lora_embedding_B["default"]
-    E = embedding.lora_beta["default"] * embedding.base_layer.weight + embedding.scaling["default"] * (A.t() @ B.t())
+    E = embedding.lora_beta["default"].value * embedding.base_layer.weight + embedding.scaling["default"] * (
+        A.t() @ B.t()
+    )
     torch.testing.assert_close(embedding(ids()), E[ids()])
     hidden = torch.randn(2, 7, 32)
     torch.testing.assert_close(model.base_model.model.lm_head(hidden), hidden @ E.t(), rtol=1e-4, atol=1e-5)
     loss = model(input_ids=ids(), labels=ids()).loss
     loss.backward()
-    assert embedding.lora_beta["default"].grad is not None and A.grad is not None and B.grad is not None
+    assert embedding.lora_beta["default"].value.grad is not None and A.grad is not None and B.grad is not None
 
 
 def test_adapter_start() -> None:

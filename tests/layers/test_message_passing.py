@@ -48,7 +48,7 @@ def literal(model: PeftModel, nodes: torch.Tensor) -> torch.Tensor:
         nodes = (1 + eps) * nodes + adjacency @ nodes
         for linear in (layer[0], layer[2]):
             A, B = linear.lora_A["default"].weight, linear.lora_B["default"].weight
-            weight = linear.lora_beta["default"] * linear.base_layer.weight + linear.scaling["default"] * B @ A
+            weight = linear.lora_beta["default"].value * linear.base_layer.weight + linear.scaling["default"] * B @ A
             nodes = nodes @ weight.t() + linear.base_layer.bias
             nodes = nodes.relu() if linear is layer[0] else nodes
     return network.readout(nodes.mean(0))

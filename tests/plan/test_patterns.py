@@ -48,11 +48,11 @@ def test_a_gain_is_not_taken_for_a_standard_deviation() -> None:
 def test_beta_by_module() -> None:
     model = get_peft_model(llama(), config(train_beta_pattern={"v_proj": False}))
     frozen = {name for name, p in model.named_parameters() if "lora_beta" in name and not p.requires_grad}
-    assert frozen == {f"base_model.model.model.layers.{i}.self_attn.v_proj.lora_beta.default" for i in range(2)}
+    assert frozen == {f"base_model.model.model.layers.{i}.self_attn.v_proj.lora_beta.default.norm" for i in range(2)}
     plan = model.get_plan()
     assert plan.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.set_adapter("default")
-    assert not model.base_model.model.model.layers[0].self_attn.v_proj.lora_beta["default"].requires_grad
+    assert not model.base_model.model.model.layers[0].self_attn.v_proj.lora_beta["default"].value.requires_grad
     only = get_peft_model(llama(), config(train_beta=False, train_beta_pattern={"v_proj": True}))
     assert sum("lora_beta" in name and p.requires_grad for name, p in only.named_parameters()) == 2
 

@@ -493,7 +493,7 @@ def _in_peft(name: str, live: dict[str, Any]) -> str:
     if name in live and live[name].requires_grad:
         return name
     if "lora_magnitude" in name:
-        return name.replace("lora_magnitude.default", "lora_magnitude_vector.default.weight")
+        return name.replace("lora_magnitude.default.norm", "lora_magnitude_vector.default.weight")
     if "lora_rows" in name:
         return name.replace("lora_rows", "token_adapter.trainable_tokens_delta")
     module, _, kind = name.rpartition(".")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import SIZES, bert, config, llama, logits, perturb
+from tiny import SIZES, bert, config, llama, logits, mlp, perturb
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
@@ -139,6 +139,9 @@ def test_a_base_that_carries_adapters_is_refused() -> None:
 def test_an_adapter_name_that_occurs_in_the_model_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"An adapter cannot be called '{name}'"):
         get_peft_model(llama(), config(), adapter_name=name)
+    model = get_peft_model(mlp(), config(target_modules=["0"], modules_to_save=["4"]))
+    with pytest.raises(ValueError, match=f"An adapter cannot be called '{name}'"):
+        model.add_adapter(name, config(target_modules=["0"], modules_to_save=["4"]))
 
 
 def test_a_lora_head_with_pefts_task_type() -> None:
@@ -184,3 +187,34 @@ def test_the_loaders_take_no_unknown_options(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"does not take \['torch_dtype'\]"):
         AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert isinstance(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), PeftModel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"embeddings": "lora", "r": 1}, {"use_dora": True}, {"layer_norm": True}])
+def test_the_same_config_object_makes_a_copy(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """TRL makes the reference of DPO so; an equal config is a new start."""
+    model = get_peft_model(llama().to(dtype), config(**options))
+    start = logits(model)
+    perturb(model)
+    expected, names = logits(model), [name for name, p in model.named_parameters() if p.requires_grad]
+    model.add_adapter("twin", model.peft_config["default"])
+    model.add_adapter("new", config(**options))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == names
+    for adapter, output in {"twin": expected, "new": start, "default": expected}.items():
+        model.set_adapter(adapter)
+        assert torch.equal(logits(model), output), adapter
+    model.set_adapter("twin")
+    perturb(model)  # it shares no memory
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_config_object_that_was_changed_makes_no_copy() -> None:
+    model = get_peft_model(llama(), config())
+    perturb(model)
+    settings = model.peft_config["default"]
+    settings.r = 2
+    model.add_adapter("new", settings)
+    model.set_adapter("new")
+    assert {layer.r["new"] for layer in model.modules() if hasattr(layer, "lora_beta")} == {2}
+    assert set(model.get_betas().values()) == {1.0}

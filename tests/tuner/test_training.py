@@ -27,7 +27,9 @@ class Sentences(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
-def trainer(model: PeftModel, folder: Path, causal: bool = False, **arguments: Any) -> Trainer:
+def trainer(
+    model: PeftModel, folder: Path, causal: bool = False, optimizers: Any = (None, None), **arguments: Any
+) -> Trainer:
     settings = {
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 16,
@@ -48,6 +50,7 @@ def trainer(model: PeftModel, folder: Path, causal: bool = False, **arguments: A
         train_dataset=Sentences(causal=causal),
         eval_dataset=Sentences(16, causal=causal),
         callbacks=[RanksAgreeCallback()],
+        optimizers=optimizers,
     )
 
 

@@ -6,21 +6,20 @@ import os
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from peft import PeftModel
 from transformers import AutoConfig
-from transformers.initialization import no_init_weights
 
 from ..config import LottaLoraConfig
 from ..paths import owner_of
 from ..residency.forms import Residency, check_residency
+from .arguments import instead_of, one_device, one_dtype
 from .files import HUB_OPTIONS, locate
+from .hollow import BUILDING, hollow
 from .loaders import builds, loader_of
 
 
-class _AutoLottaLora:
-    """`from_pretrained(path)` for one kind of head. Not to be instantiated."""
+class AutoLottaLora:
+    """`from_pretrained(path)` for one kind of head, see `auto_classes`. Not to be instantiated."""
 
     _auto_class: Any
 
@@ -39,9 +38,13 @@ class _AutoLottaLora:
         device: torch.device | str = "cpu",
         attn_implementation: str | None = None,
         residency: Residency | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
         **hub_kwargs: Any,
     ) -> PeftModel:
-        """Rebuild the model that `save_pretrained` wrote, to the bit.
+        """Rebuild the model that `save_pretrained` wrote, to the bit. Several threads may do so at once.
+
+        Where the model's dtype is not torch's default one, transformers sets that for a moment, for every thread.
 
         Args:
             path: the artifact's folder, or a hub repository id.
@@ -52,22 +55,26 @@ class _AutoLottaLora:
             device: where the model goes once it is built.
             attn_implementation: as in transformers; default: what it chooses here.
             residency: "dense", "packed", "int4" or "streamed", see `LottaLoraConfig`; default: its config's.
+            torch_dtype: older name of `dtype`.
+            device_map: instead of `device`, what is one device: its name or number, {"": device}, or "auto" = the
+                accelerator where there is one.
             hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Returns:
             A `PeftModel`, of the class that the artifact's `task_type` asks for.
 
         Raises:
+            TypeError: an argument that is not taken; the message says what to use instead.
             ValueError: something is missing, damaged, or belongs to another scaffold; the message names it.
         """
-        unknown = hub_kwargs.keys() - {"subfolder", *HUB_OPTIONS}
+        unknown = sorted(hub_kwargs.keys() - {"subfolder", *HUB_OPTIONS})
         if unknown:
             raise TypeError(
-                f"{cls.__name__}.from_pretrained does not take {sorted(unknown)}. The architecture and the adapter's "
-                "options come from the artifact; besides dtype, device, "
-                "attn_implementation and residency it takes subfolder, "
-                f"{', '.join(HUB_OPTIONS)}."
+                f"{cls.__name__}.from_pretrained does not take {unknown}. {instead_of(unknown)}The architecture and "
+                "the adapter's options come from the artifact; besides dtype, device, attn_implementation and "
+                f"residency it takes subfolder, {', '.join(HUB_OPTIONS)}."
             )
+        dtype, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
         if not isinstance(config, LottaLoraConfig):
             raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")
@@ -82,10 +89,10 @@ class _AutoLottaLora:
         architecture = AutoConfig.from_pretrained(file)
         cls._check_class(path, architecture)
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        dtype = _dtype(dtype) or architecture.dtype or torch.float32
+        dtype = dtype or architecture.dtype or torch.float32
         if config.redraw == "all" or config.save_kept:
             # Buffers must be real: rotary and position tables have no other source. Weights are drawn or read later.
-            with init_empty_weights(include_buffers=False), no_init_weights():
+            with hollow():
                 model = cls._auto_class.from_config(architecture, dtype=dtype, **attention)
             for tensor_path, other in (config.other_dtypes or {}).items() if dtype == architecture.dtype else ():
                 owner, name = owner_of(model, tensor_path)
@@ -101,21 +108,23 @@ class _AutoLottaLora:
                     f"{path} keeps pretrained weights (redraw={config.redraw!r}) but names no base model. Load that "
                     "model yourself and use PeftModel.from_pretrained(model, path)."
                 )
-            model = cls._auto_class.from_pretrained(
-                config.base_model_name_or_path,
-                revision=config.revision,
-                config=architecture,
-                dtype=dtype,
-                **attention,
-            )
+            with BUILDING:
+                model = cls._auto_class.from_pretrained(
+                    config.base_model_name_or_path,
+                    revision=config.revision,
+                    config=architecture,
+                    dtype=dtype,
+                    **attention,
+                )
+        config._values_follow = True  # PEFT's low_cpu_mem_usage would patch torch for every thread
         peft_model = PeftModel.from_pretrained(
             model,
             path,
             adapter_name=adapter_name,
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=True,  # no starting values for what the artifact has
             torch_device="cpu",
+            key_mapping={},  # of older transformers' checkpoints: an artifact's names are those of the model
             config=config,
             **hub_kwargs,
         )
@@ -129,55 +138,3 @@ class _AutoLottaLora:
         loader = loader_of(architecture, saved)
         advice = f"Use {loader}." if loader else f"Build the {saved} yourself and use PeftModel.from_pretrained."
         raise ValueError(f"{path} is a {saved}, which {cls.__name__} does not build. {advice}")
-
-
-def _dtype(wanted: torch.dtype | str | None) -> torch.dtype | None:
-    """None for the one that the model was saved in."""
-    if wanted is None or wanted == "auto":
-        return None
-    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point dtype of torch, its name, or 'auto', got {wanted!r}.")
-    return dtype
-
-
-class AutoLottaLoraModel(_AutoLottaLora):
-    """Any architecture without a head (`transformers.AutoModel`)."""
-
-    _auto_class = transformers.AutoModel
-
-
-class AutoLottaLoraModelForCausalLM(_AutoLottaLora):
-    """Causal language models."""
-
-    _auto_class = transformers.AutoModelForCausalLM
-
-
-class AutoLottaLoraModelForSeq2SeqLM(_AutoLottaLora):
-    """Encoder-decoder language models."""
-
-    _auto_class = transformers.AutoModelForSeq2SeqLM
-
-
-class AutoLottaLoraModelForSequenceClassification(_AutoLottaLora):
-    """Text classification and regression."""
-
-    _auto_class = transformers.AutoModelForSequenceClassification
-
-
-class AutoLottaLoraModelForTokenClassification(_AutoLottaLora):
-    """Token classification."""
-
-    _auto_class = transformers.AutoModelForTokenClassification
-
-
-class AutoLottaLoraModelForQuestionAnswering(_AutoLottaLora):
-    """Extractive question answering."""
-
-    _auto_class = transformers.AutoModelForQuestionAnswering
-
-
-class AutoLottaLoraModelForImageClassification(_AutoLottaLora):
-    """Image classification."""
-
-    _auto_class = transformers.AutoModelForImageClassification

@@ -13,6 +13,12 @@ from .loaders import loader_of
 
 _CARD_BEGIN, _CARD_END = "<!-- hf_lottalora: begin -->", "<!-- hf_lottalora: end -->"
 
+_ELSEWHERE = """\
+`AutoModel` and `pipeline(task, model="path/to/this/folder")` cannot load it: they look for a file with all weights.
+Give a pipeline the model itself: `pipeline(task, model=model, tokenizer=tokenizer)`.
+
+"""
+
 
 def write_card(plan: Plan, folder: Path) -> None:
     """Write our part of the card into the folder's README.md."""
@@ -70,6 +76,7 @@ A [LottaLoRA](https://arxiv.org/abs/2604.08749) adapter. {" ".join(parts)}
 {load}
 ```
 
+{_ELSEWHERE if architecture is not None else ""}
 | | |
 |---|---|
 | seed | {plan.seed} |

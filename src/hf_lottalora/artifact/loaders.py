@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import transformers
 
-# Loaders of ours that the card may show, with what each builds.
+# Of ours, one for each that the transformers here has, by name.
 LOADERS = {
-    "AutoLottaLoraModelForCausalLM": transformers.AutoModelForCausalLM,
-    "AutoLottaLoraModelForSequenceClassification": transformers.AutoModelForSequenceClassification,
-    "AutoLottaLoraModelForTokenClassification": transformers.AutoModelForTokenClassification,
-    "AutoLottaLoraModelForQuestionAnswering": transformers.AutoModelForQuestionAnswering,
-    "AutoLottaLoraModelForSeq2SeqLM": transformers.AutoModelForSeq2SeqLM,
-    "AutoLottaLoraModelForImageClassification": transformers.AutoModelForImageClassification,
-    "AutoLottaLoraModel": transformers.AutoModel,
+    name.replace("AutoModel", "AutoLottaLoraModel"): getattr(transformers, name)
+    for name in dir(transformers)
+    if re.fullmatch(r"AutoModel(For\w+)?", name)
 }
+_GENERAL = ("AutoLottaLoraModel", "AutoLottaLoraModelForPreTraining", "AutoLottaLoraModelForMultimodalLM")
 
 
 def builds(auto: Any, architecture: Any, class_name: str) -> bool:
@@ -27,5 +25,15 @@ def builds(auto: Any, architecture: Any, class_name: str) -> bool:
 
 
 def loader_of(architecture: Any, class_name: str) -> str | None:
-    """Name of the class of ours that builds a `class_name`, None where there is none."""
-    return next((ours for ours, auto in LOADERS.items() if builds(auto, architecture, class_name)), None)
+    """Name of the class of ours that builds a `class_name`, None where there is none.
+
+    Of several, the one that has the class's own name for the head, else the one that fewest architectures have.
+    """
+
+    def rank(ours: str) -> tuple[bool, bool, int]:
+        head = ours.removeprefix("AutoLottaLoraModel") or "Model"
+        return not class_name.endswith(head), ours in _GENERAL, len(LOADERS[ours]._model_mapping)
+
+    return min(
+        (ours for ours, auto in LOADERS.items() if builds(auto, architecture, class_name)), key=rank, default=None
+    )

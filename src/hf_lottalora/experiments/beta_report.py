@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,20 +157,49 @@ def spectral_norm(weight: torch.Tensor) -> float:
 
 
 class BetaCallback(TrainerCallback):
-    """Logs min, median and max of the betas to a Trainer's reporters, whenever it logs.
+    """Logs min, median and max of the betas whenever a Trainer logs: `Trainer(..., callbacks=[BetaCallback()])`.
 
-    To be added to a trainer that exists: `trainer.add_callback(BetaCallback(trainer))`.
+    So they are in the Trainer's log, its history and its checkpoints' `trainer_state.json`. Trainer calls the reporters
+    of `report_to` before any callback: for them it takes `trainer.add_callback(BetaCallback(trainer))`.
 
     Args:
-        trainer: whose `log` is used, so that all of its reporters get them.
+        trainer: whose `log` is used instead, so that all of its reporters get them.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer | None = None) -> None:
         self.trainer = trainer
+        self._due = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Called by Trainer.
+
+        Raises:
+            ValueError: the model has no LottaLoRA adapter.
+        """
+        tuner_of(model)
+        if self.trainer is None and args.report_to:
+            warnings.warn(
+                f"Trainer calls the reporters of report_to={args.report_to} before any callback, so they do not get "
+                "the betas; the Trainer's log does. For both, trainer.add_callback(BetaCallback(trainer)).",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Called by Trainer."""
-        if control.should_log:
-            betas = list(tuner_of(model).get_betas().values())
-            low, median, high = np.quantile(betas, [0, 0.5, 1])
-            self.trainer.log({"beta_min": float(low), "beta_median": float(median), "beta_max": float(high)})
+        self._due = control.should_log
+        if self._due and self.trainer is not None:
+            self.trainer.log(self._summary(model))
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        """Called by Trainer, which has put a copy of `logs` into its history by then."""
+        if self._due and self.trainer is None:
+            summary = self._summary(model)
+            logs.update(summary)
+            state.log_history[-1].update(summary)
+        self._due = False
+
+    @staticmethod
+    def _summary(model: Any) -> dict[str, float]:
+        low, median, high = np.quantile(list(tuner_of(model).get_betas().values()), [0, 0.5, 1])
+        return {"beta_min": float(low), "beta_median": float(median), "beta_max": float(high)}

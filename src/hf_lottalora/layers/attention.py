@@ -9,6 +9,7 @@ pass. PEFT does that too; here as a function, without touching the module's weig
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ class _Matrix:
 
     def __init__(self, attention: nn.MultiheadAttention, name: str) -> None:
         self.attention, self.name = attention, name
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Those that hold it."""
+        return self.attention.modules()
 
     @property
     def weight(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..residency.foreign import in_memory
 from .functional import ScaledEmbedding, ScaledLinear, matmul_dtype
 from .layer import ScaffoldLayer
 from .rows import TrainedRows
@@ -24,8 +26,14 @@ class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
     def _pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
 
-    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
-        y: torch.Tensor = ScaledEmbedding.apply(self._total_beta(adapters), x, self.base_layer)
+    def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        beta, base = self._total_beta(adapters), self.base_layer
+        y: torch.Tensor
+        if any(parameter.requires_grad for parameter in base.parameters()):
+            rows = base(x)
+            y = rows * beta.to(rows.dtype)
+        else:
+            y = ScaledEmbedding.apply(beta, x, base.weight, base)
         scale, padding = self._get_embed_scale(), self.get_base_layer().padding_idx
         for name in adapters:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
@@ -69,8 +77,13 @@ class TiedHead(nn.Module, BaseTunerLayer):
         if embedding.disable_adapters or embedding.merged or not adapters:
             result: torch.Tensor = self.base_layer(x)
             return result
-        bias: Any = self.base_layer.bias
-        return embedding.as_head(x, adapters, bias)
+        with in_memory(self, embedding) if hasattr(self.base_layer, "_hf_hook") else nullcontext():
+            bias: Any = self.base_layer.bias
+            return embedding.as_head(x, adapters, bias)
+
+    def __repr__(self) -> str:
+        base = self.base_layer
+        return f"lottalora.TiedHead({base.in_features} -> {base.out_features}, the adapter of the input embedding)"
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: the embedding merges the weight they share."""

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
+from ..residency.foreign import is_foreign, values_of
 from ..residency.virtual_operations import few_rows_product
 
 
@@ -33,7 +35,7 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 class ScaledLinear(torch.autograd.Function):
-    """`beta * x W^T + scaling * (x A^T) B^T + bias`, keeping only x for backward. `A = B = None` leaves them out."""
+    """`beta * x W^T + scaling * (x A^T) B^T + bias`, keeping x at most for backward. `A = B = None` leaves them out."""
 
     generate_vmap_rule = True
 
@@ -61,12 +63,14 @@ class ScaledLinear(torch.autograd.Function):
                     y_NO = _times(y_NO, beta)
                 if bias is not None:
                     y_NO = y_NO + bias.to(dtype) if _transformed() else y_NO.add_(bias)
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        # A view would be refused in place: its base was made here, where autograd does not look.
+        return torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], y_NO.shape[-1]))  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, weight, bias, beta, A, B, scaling, weight_is_IO = inputs
-        ctx.save_for_backward(x, weight, beta, A, B)
+        needs_x = any(ctx.needs_input_grad[i] for i in (1, 3, 4, 5))  # of weight, beta, A and B
+        ctx.save_for_backward(x if needs_x else None, weight, beta, A, B)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.scaling, ctx.weight_is_IO = scaling, weight_is_IO
 
@@ -76,12 +80,12 @@ class ScaledLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_beta, need_A, need_B = ctx.needs_input_grad[:6]
         dx: Any = None
         dweight = dbias = dbeta = dA = dB = None
-        dtype, scaling = x.dtype, ctx.scaling
-        with without_autocast(x):
-            x_NI = x.reshape(-1, x.shape[-1])
-            g_NO = grad.reshape(-1, grad.shape[-1]).to(dtype)
+        dtype, scaling = grad.dtype, ctx.scaling
+        with without_autocast(grad):
+            x_NI: Any = None if x is None else x.reshape(-1, x.shape[-1])
+            g_NO = grad.reshape(-1, grad.shape[-1])
             if need_x or need_beta:
-                dx = g_NO @ _as_OI(weight, ctx.weight_is_IO, dtype)  # W^T g, before beta
+                dx = g_NO @ values_of(_as_OI(weight, ctx.weight_is_IO, dtype), dtype)  # W^T g, before beta
             if need_beta:
                 exact = torch.promote_types(dtype, torch.float32)
                 dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
@@ -103,31 +107,31 @@ class ScaledLinear(torch.autograd.Function):
                 dweight = dweight.t() if ctx.weight_is_IO else dweight
             if need_bias:
                 dbias = g_NO.sum(0).to(ctx.bias_dtype)
-            dx = dx.view(x.shape) if need_x else None
+            dx = dx.view(*grad.shape[:-1], dx.shape[-1]) if need_x else None
         return dx, dweight, dbias, dbeta, dA, dB, None, None
 
 
 class ScaledEmbedding(torch.autograd.Function):
-    """`beta * E(ids)` without keeping E(ids), which is looked up again for beta's gradient."""
+    """`beta * E(ids)` without keeping E(ids), which is looked up again for beta's gradient. `weight` is embed's."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(beta: torch.Tensor, ids: torch.Tensor, embed: nn.Module) -> torch.Tensor:
+    def forward(beta: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, embed: nn.Module) -> torch.Tensor:
         rows: torch.Tensor = embed(ids)
         return rows * beta.to(rows.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        beta, ids, ctx.embed = inputs
-        ctx.save_for_backward(beta, ids)
+        beta, ids, weight, ctx.embed = inputs
+        ctx.save_for_backward(beta, ids, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        beta, ids = ctx.saved_tensors
+        beta, ids, weight = ctx.saved_tensors
         exact = torch.promote_types(grad.dtype, torch.float32)
-        dbeta = (grad * ctx.embed(ids)).sum(dtype=exact)
-        return dbeta.to(beta.dtype).reshape(1), None, None
+        dbeta = (grad * functional_call(ctx.embed, {"weight": weight}, (ids,))).sum(dtype=exact)
+        return dbeta.to(beta.dtype).reshape(1), None, None, None
 
 
 class ScaledConv(torch.autograd.Function):
@@ -211,4 +215,5 @@ def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torc
 
 def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # A weight is cast only where autocast would cast it; otherwise a mismatch is the caller's error, as in nn.Linear.
-    return weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) else weight
+    # What is quantised brings a product of its own.
+    return weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) and not is_foreign(weight) else weight

@@ -19,20 +19,51 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..config import LottaLoraConfig
+from ..residency.foreign import in_memory, is_foreign, values_of
 from ..scaffold.tensor import ScaffoldTensor
+from .description import described
 from .functional import without_autocast
+
+# Trainer decides by names alone (`get_decay_parameter_names`): it decays no bias and no norm. And these are norms: a
+# magnitude that of a row or column, beta that of the scaffold, in units of the drawn one.
+UNDECAYED, DECAYED = "norm", "weight"
+
+
+class AdapterTensor(nn.Module):
+    """Beta, a magnitude, or weight or bias of a LayerNorm: a tensor of one adapter, as a module like A and B are.
+
+    Tools find an adapter's parameters by its name between dots, and Trainer what to decay by the last name: it has no
+    other hook. In artifacts the last name does not occur.
+    """
+
+    def __init__(self, value: torch.Tensor, decayed: bool) -> None:
+        super().__init__()
+        self.name = DECAYED if decayed else UNDECAYED
+        self.register_parameter(self.name, nn.Parameter(value))
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The parameter."""
+        parameter: nn.Parameter = getattr(self, self.name)
+        return parameter
 
 
 class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     """What LottaLoRA adds to a PEFT LoRA layer: beta, and a base weight that can be drawn again."""
 
-    adapter_layer_names = (
-        *lora.LoraLayer.adapter_layer_names, "lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias"
-    )  # fmt: skip
+    own_tensors = ("lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias")
+    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, *own_tensors)
     other_param_names = (*lora.LoraLayer.other_param_names, "residual")
+    lora_beta: dict[str, AdapterTensor]  # each of them a ModuleDict
+    lora_magnitude: dict[str, AdapterTensor]
+    lora_norm_weight: dict[str, AdapterTensor]
+    lora_norm_bias: dict[str, AdapterTensor]
 
     # How the base weight was drawn; None where a pretrained weight was kept.
     scaffold: ScaffoldTensor | None = None
+    # Whether the base layer computes its output by code of its own, which the adapter goes around.
+    own_forward = False
     # The base weight while adapters are merged into its place, where it cannot be drawn again: a pretrained one that
     # was kept, or a drawn one that a cast to a smaller dtype has rounded.
     _unmerged_weight: torch.Tensor | None = None
@@ -40,33 +71,40 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     _unmerged_bias: torch.Tensor | None = None
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        if not isinstance(config, LottaLoraConfig):
+            raise ValueError(
+                f"A {type(config).__name__} would put its adapter into the layers of a LottaLoRA model. Call "
+                "merge_and_unload() or unload() on that model first."
+            )
         if "lora_beta" not in self._modules:
-            self.lora_beta, self.lora_magnitude = nn.ParameterDict(), nn.ParameterDict()
-            self.lora_norm_weight, self.lora_norm_bias = nn.ParameterDict(), nn.ParameterDict()
+            for kind in self.own_tensors:
+                self.register_module(kind, nn.ModuleDict())
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             self.residual: dict[str, bool] = {}
             self._made: set[str] = set()
         self._made.discard(adapter_name)
-        self.lora_beta[adapter_name] = nn.Parameter(torch.ones(1))
+        decayed: bool = config.decay_beta
+        self.lora_beta[adapter_name] = AdapterTensor(torch.ones(1), decayed)
         self.residual[adapter_name] = config.residual
         if config.use_dora:
             W = self.get_base_layer().weight
             W = W.t() if self._weight_is_IO else W
             shape = (self._groups, *W.shape[1:]) if config.dora_magnitude == "inputs" else len(W)
-            self.lora_magnitude[adapter_name] = nn.Parameter(torch.ones(shape))
+            self.lora_magnitude[adapter_name] = AdapterTensor(torch.ones(shape), decayed)
         if config.layer_norm:
-            self.lora_norm_weight[adapter_name] = nn.Parameter(torch.ones(self.out_features))
-            self.lora_norm_bias[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
+            self.lora_norm_weight[adapter_name] = AdapterTensor(torch.ones(self.out_features), decayed)
+            self.lora_norm_bias[adapter_name] = AdapterTensor(torch.zeros(self.out_features), decayed)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self._made.add(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's leaves the dtype of what is on the meta device, and rounds to the base layer's dtype what
-        # low_cpu_mem_usage has just read from a file; of those in a ParameterDict it makes new, trainable ones.
-        W = self.get_base_layer().weight
-        dtype = None if adapter_name in self._made else W.dtype
+        # low_cpu_mem_usage has just read from a file; of an embedding's A and B it makes new, trainable ones.
+        with in_memory(self.get_base_layer()):
+            W = self.get_base_layer().weight
+        dtype, device = None if adapter_name in self._made else W.dtype, device or W.device
         for tensor in self.adapter_parameters(adapter_name):
-            tensor.data = tensor.data.to("meta" if tensor.is_meta else device or W.device, dtype)
+            tensor.data = tensor.data.to("meta" if tensor.is_meta else device, dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; all that is kept here per adapter goes with it."""
@@ -81,6 +119,15 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
                 item = held[adapter_name]
                 yield from item.parameters() if isinstance(item, nn.Module) else (item,)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take state dicts of whole models with the names of 0.1 (`lora_beta.default`), or of another decay_beta."""
+        for kind in self.own_tensors:
+            for name, held in getattr(self, kind).items():
+                stem = f"{prefix}{kind}.{name}"
+                for other in {stem, f"{stem}.{UNDECAYED}", f"{stem}.{DECAYED}"} & state_dict.keys():
+                    state_dict[f"{stem}.{held.name}"] = state_dict.pop(other)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def freeze_beta(self, adapter_name: str) -> None:
         """Beta stays as it is, whatever PEFT switches on."""
         self.frozen_peft_weight_names[adapter_name] = ("lora_beta",)
@@ -88,6 +135,10 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
         """None: PEFT's variants would bypass beta. What there is of DoRA is here."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: `(beta - 1) W` is of full rank, and what is trained beside the layers would be left out."""
+        return False
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Nothing: the tuner draws A and B from the stream, by name (`init_adapter`)."""
@@ -115,7 +166,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             spec = ScaffoldTensor(f"{path}.lora_B.bias", tuple(bias.shape), seed, "uniform", scale)
             bias.data.copy_(torch.zeros_like(bias) if zero_B else spec.draw(bias.dtype, bias.device))
         if adapter_name in self.lora_magnitude:
-            self.lora_magnitude[adapter_name].data.copy_(self._norms(adapter_name))
+            with in_memory(self):
+                self.lora_magnitude[adapter_name].value.data.copy_(self._norms(adapter_name))
 
     def _has(self, adapter_name: str) -> bool:
         return adapter_name in self.lora_beta
@@ -127,8 +179,9 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def _total_beta(self, adapters: list[str]) -> torch.Tensor:
         if len(adapters) == 1:
-            return self.lora_beta[adapters[0]]
-        return 1 + sum(self.lora_beta[name] - 1 for name in adapters)
+            return self.lora_beta[adapters[0]].value
+        changes: Any = sum(self.lora_beta[name].value - 1 for name in adapters)
+        return 1 + changes
 
     def _total_bias(self, adapters: list[str]) -> torch.Tensor | None:
         """The layer's bias and those of the adapters, `bias + scaling * b`; in the layer's dtype."""
@@ -148,9 +201,9 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         """The base weight without any adapter, in the dtype it is held in: drawn again, or the kept one."""
         weight = self.get_base_layer().weight
         if not self.merged:
-            return weight.detach()
+            return values_of(weight.detach())
         if self._unmerged_weight is not None:
-            return self._unmerged_weight
+            return values_of(self._unmerged_weight)
         if self.scaffold is None:
             raise RuntimeError("The weight under a merged adapter is gone; load the base model again.")
         return self.scaffold.draw(weight.dtype, weight.device)
@@ -164,7 +217,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         exact = torch.promote_types(original.dtype, torch.float32)
         A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
         product = self._product(A, B) * self.scaling[adapter]
-        summed = self.lora_beta[adapter].detach().to(exact) * original.to(exact) + product
+        summed = self.lora_beta[adapter].value.detach().to(exact) * original.to(exact) + product
         if adapter in self.lora_magnitude:
             summed = self._with_magnitude_in(summed, adapter)
         if self.residual[adapter] and self._keeps_shape:
@@ -186,7 +239,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         return total
 
     def _magnitude_is_per_input(self, name: str) -> bool:
-        return name in self.lora_magnitude and self.lora_magnitude[name].dim() > 1
+        return name in self.lora_magnitude and self.lora_magnitude[name].value.dim() > 1
 
     @torch.no_grad()
     def _norms(self, adapter: str) -> torch.Tensor:
@@ -198,12 +251,12 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         W, A, B = (tensor.unflatten(0, (self._groups, -1)).squeeze(0) for tensor in (W, A, B))
         if self._magnitude_is_per_input(adapter):
             W, A, B = W.mT, B.mT, A.mT
-        beta, s = self.lora_beta[adapter].to(exact), self.scaling[adapter]
+        beta, s = self.lora_beta[adapter].value.to(exact), self.scaling[adapter]
         W = W.to(exact)
         with without_autocast(W):
             cross, low_rank = (W @ A.mT * B).sum(-1), (B @ (A @ A.mT) * B).sum(-1)
             square = beta**2 * W.square().sum(-1) + 2 * beta * s * cross + s**2 * low_rank
-        return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter])
+        return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter].value)
 
     @property
     def _groups(self) -> int:
@@ -215,7 +268,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
         No gradient passes through the norms, as in PEFT.
         """
-        return self.lora_magnitude[name] / self._norms(name)
+        return self.lora_magnitude[name].value / self._norms(name)
 
     def _with_magnitude_in(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         """Multiply a weight in the layout of W by DoRA's factor."""
@@ -242,7 +295,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if self.residual[name] and self._keeps_shape:
             y = y + x
         if name in self.lora_norm_weight:
-            weight, bias = self.lora_norm_weight[name].to(y.dtype), self.lora_norm_bias[name].to(y.dtype)
+            weight, bias = (held[name].value.to(y.dtype) for held in (self.lora_norm_weight, self.lora_norm_bias))
             y = F.layer_norm(y, (y.shape[-1],), weight, bias)
         return y
 
@@ -270,8 +323,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         """W <- beta W + scaling * B A, summed in float32 and rounded once.
 
         Raises:
-            ValueError: an adapter has a LayerNorm, several do not add up, or with `safe_merge` the merged weight is not
-                finite; nothing was changed.
+            ValueError: an adapter has a LayerNorm, several do not add up, the weight is of a class that PEFT cannot
+                quantise again, or with `safe_merge` the merged weight is not finite; nothing was changed.
         """
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) or [] if self._has(name)]
         if not adapters:
@@ -280,17 +333,28 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if any(name in self.lora_norm_weight for name in adapters):
             raise ValueError(f"Adapters {adapters} have a LayerNorm after the layer, which no weight can contain.")
         weight = self.get_base_layer().weight
+        quantised = is_foreign(weight)
+        if quantised and self.quantization_backend is None:
+            raise ValueError(
+                f"The base weight is a {type(weight).__name__}, and nothing says how to quantise what is merged. Load "
+                "the base model with transformers' quantization_config (torchao), or without quantisation."
+            )
         original = self.original_weight()
         merged = self._merged_weight([*self.merged_adapters, *adapters])
         bias = self._merged_bias([*self.merged_adapters, *adapters])
         if safe_merge and not (torch.isfinite(merged).all() and (bias is None or torch.isfinite(bias).all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
         if not self.merged and not (self.scaffold is not None and self.scaffold.is_in(original)):
-            self._unmerged_weight = original.clone()
-        weight.data.copy_(merged)
+            self._unmerged_weight = weight.detach() if quantised else original.clone()
+        if quantised:
+            self.set_base_weight(nn.Parameter(merged.to(weight.dtype), requires_grad=False))
+        else:
+            with torch.no_grad():  # not by way of .data: the backward pass of an earlier forward pass must be an error
+                weight.copy_(merged)
         if bias is not None:
             self._unmerged_bias = self.original_bias().clone()
-            self.get_base_layer().bias.data.copy_(bias)
+            with torch.no_grad():
+                self.get_base_layer().bias.copy_(bias)
         self.merged_adapters.extend(adapters)
 
     def _merged_weight(self, adapters: list[str]) -> torch.Tensor:
@@ -319,9 +383,14 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if not self.merged:
             super().unmerge()  # warns
             return
-        self.get_base_layer().weight.data.copy_(self.original_weight())
+        if self._unmerged_weight is not None and is_foreign(self._unmerged_weight):
+            self.get_base_layer().weight = nn.Parameter(self._unmerged_weight, requires_grad=False)
+        else:
+            with torch.no_grad():
+                self.get_base_layer().weight.copy_(self.original_weight())
         if self._unmerged_bias is not None:
-            self.get_base_layer().bias.data.copy_(self._unmerged_bias)
+            with torch.no_grad():
+                self.get_base_layer().bias.copy_(self._unmerged_bias)
         self.merged_adapters.clear()
         self._unmerged_weight = self._unmerged_bias = None
 
@@ -331,7 +400,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         result = self.base_layer(x, *args, **kwargs)
         for name in filter(self._has, set(adapter_names)):
             rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
-            result[rows] = self._adapted(x[rows], [name]).to(result.dtype)
+            result[rows] = self._in_memory(x[rows], [name], *args, **kwargs).to(result.dtype)
         return result
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -347,14 +416,21 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if self.disable_adapters or self.merged or not active:
             result: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        return self._adapted(x, active)
+        return self._in_memory(x, active, *args, **kwargs)
+
+    def _in_memory(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not hasattr(self.get_base_layer(), "_hf_hook"):
+            return self._adapted(x, adapters, *args, **kwargs)
+        with in_memory(self):  # Accelerate's hook is for calls of the base layer, and its weight is read without
+            return self._adapted(x, adapters, *args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"lottalora.{nn.Module.__repr__(self)}"  # type: ignore[arg-type]
+        return described(self)
 
     @property
     def _weight_is_IO(self) -> bool:
         return isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
 
-    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+    def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output with these adapters; further arguments are for a base layer with a forward of its own."""
         raise NotImplementedError

@@ -26,8 +26,8 @@ class TrainedRows(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
     def __init__(self, base_layer: nn.Embedding, adapter_name: str, config: Any, target_name: str, **_: Any) -> None:
         nn.Module.__init__(self)
         lora.LoraLayer.__init__(self, base_layer)
-        self.lora_beta, self.lora_magnitude = nn.ParameterDict(), nn.ParameterDict()
-        self.lora_norm_weight, self.lora_norm_bias = nn.ParameterDict(), nn.ParameterDict()
+        for kind in self.own_tensors:  # of which there are none
+            self.register_module(kind, nn.ModuleDict())
         self.frozen_peft_weight_names, self.residual, self._made = {}, {}, set()
         self.lora_rows = nn.ParameterDict()
         self.ids: dict[str, torch.Tensor] = {}
@@ -63,7 +63,7 @@ class TrainedRows(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
         if len(ids) != len(ids.unique()):
             raise ValueError(f"Adapters {adapters} cannot be active together: they train rows of the same tokens.")
 
-    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+    def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         y: torch.Tensor = self.base_layer(x)
         scale = self._get_embed_scale()
         for name in adapters:

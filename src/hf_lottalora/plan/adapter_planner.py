@@ -3,60 +3,76 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
-
-from peft.tuners.tuners_utils import check_target_module_exists
+from typing import cast
 
 from ..config import LottaLoraConfig
 from .patterns import by_pattern, under
 from .plan import AdapterKind, PlannedAdapter
 from .survey import Survey, SurveyedModule
-from .targets import ATTENTION_PROJECTIONS, WEIGHT_IS_READ
+from .targets import Targets, check_choice, choose_targets, layers_there_are, near
 
 ADAPTED_HEADS = ("lora", "lora_bias")
+_LARGEST = 2**31  # elements of one tensor of an adapter; more is a slip of the pen
 
 
-def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> list[PlannedAdapter]:
-    """Every adapter; `extra` are the paths that `modules_to_save` trains as a whole.
+def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> tuple[list[PlannedAdapter], Targets]:
+    """Every adapter, and which modules were chosen; `extra` are the paths that `modules_to_save` trains as a whole.
 
     Raises:
         ValueError: no module matches the targets, or one that cannot carry an adapter does.
     """
-    targets = _target_names(survey, config)
-    targets -= {f"{m.path}.out_proj" for m in survey.modules if m.kind == "projection" and m.path in targets}
+    targets = choose_targets(survey, config)
+    wanted = set(targets.paths)
+    if config.resolved_targets is None and config.head in ADAPTED_HEADS:
+        wanted |= {m.path for m in survey.modules if m.in_head and m.kind == "linear"}
+    wanted -= {f"{m.path}.out_proj" for m in survey.modules if m.kind == "projection" and m.path in wanted}
     adapters: list[PlannedAdapter] = []
+    chosen: set[str] = set()
     for module in survey.modules:
         whole = under(module.path, extra) or (module.in_head and config.head not in ADAPTED_HEADS)
-        if (module.path in targets and not whole) or (
-            module.in_head and config.head in ADAPTED_HEADS and module.kind == "linear" and not whole
-        ):
-            if _weight_is_read(module, survey):
+        if module.path in wanted and not whole:
+            if len(module.places) > 1:
+                raise ValueError(
+                    f"{module.path!r} is one module in several places ({', '.join(module.places)}): an adapter would "
+                    "take one of them, and miss the others. Leave it out of target_modules, or give each its own."
+                )
+            if module.is_read:
                 raise ValueError(
                     f"target_modules matches {module.path!r}, whose weight {survey.class_name} reads without calling "
                     "the module, so that an adapter would do nothing. Leave it out of target_modules."
                 )
             _check_looked_up_here(module, survey)
             adapters.extend(_adapters(module, config))
+            chosen.add(module.path)
     if not adapters:
+        narrowed = [
+            f" with {name}={value!r}"
+            for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
+            if (value := getattr(config, name)) is not None
+        ]
+        asked = config.target_modules
+        names = sorted(asked) if isinstance(asked, (set, list)) else asked
+        paths = [module.path for module in survey.modules]
+        guess = "".join([near(name, paths) for name in names][:1]) if isinstance(names, list) else ""
         raise ValueError(
-            f"target_modules={_shown(config.target_modules)} matches no linear layer, convolution or embedding of "
-            f"{survey.class_name} outside what is trained as a whole. {_linear_layers(survey)}"
+            f"target_modules={names}{','.join(narrowed)} matches no linear layer, convolution or embedding of "
+            f"{survey.class_name} outside what is trained as a whole{guess}. {layers_there_are(survey)}"
         )
+    check_choice(survey, config, targets)
     embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
     if embedding is not None and embedding not in adapters and not under(embedding.path, extra):
         adapters.append(embedding)
     adapters.extend(_trained_rows(survey, config, extra, {adapter.path for adapter in adapters}))
     for tensor in survey.tensors:
         shared = [a.path for a in adapters if a.weight in tensor.aliases]
-        if shared and len(tensor.aliases) > 1 and not tensor.tied_head:
+        if shared and len(tensor.holders) > 1 and not tensor.tied_head:
             raise ValueError(
                 f"{shared[0]!r} shares its weight ({', '.join(tensor.aliases)}): an adapter on one place would change "
                 "the other, or miss it. Leave it out of target_modules."
             )
-    return _with_tied_head(adapters, survey)
+    return _with_tied_head(adapters, survey), Targets(chosen, targets.rule)
 
 
 def _with_tied_head(adapters: list[PlannedAdapter], survey: Survey) -> list[PlannedAdapter]:
@@ -64,8 +80,14 @@ def _with_tied_head(adapters: list[PlannedAdapter], survey: Survey) -> list[Plan
     embedding = next((a for a in adapters if a.path == survey.input_embeddings), None)
     if embedding is None or survey.tied_tensor is None:
         return adapters
-    head = str(survey.output_embeddings)
-    return [*(a for a in adapters if a.path != head), replace(embedding, path=head, kind="tied_head")]
+    head = next((m for m in survey.modules if m.path == survey.output_embeddings), None)
+    if head is not None and head.reason:
+        raise ValueError(
+            f"The adapter of {embedding.path!r} would adapt the tied head {head.path!r} too, but it is a "
+            f"{head.type_name}{_whose_forward(head)}. Pass embeddings='train' or 'frozen'."
+        )
+    path = str(survey.output_embeddings)
+    return [*(a for a in adapters if a.path != path), replace(embedding, path=path, kind="tied_head")]
 
 
 def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapter | None:
@@ -89,7 +111,8 @@ def _check_looked_up_here(module: SurveyedModule, survey: Survey) -> None:
     if module.kind != "embedding":
         return
     users = next(t.aliases for t in survey.tensors if f"{module.path}.weight" in t.aliases)
-    others = [m.path for m in survey.modules if m.kind == "embedding" and f"{m.path}.weight" in users]
+    tied = [m for m in survey.modules if f"{m.path}.weight" in users]
+    others = [place for m in tied if m.kind == "embedding" or len(m.places) > 1 for place in m.places]
     if len(others) > 1:
         raise ValueError(
             f"An adapter on {module.path!r} is not supported: in {survey.class_name} its table is looked up through "
@@ -110,7 +133,7 @@ def _trained_rows(
             raise ValueError(f"trainable_token_indices names {name!r}, but {survey.class_name} has no such module.")
         for module in modules:
             whole, where = under(module.path, extra), f"trainable_token_indices names rows of {module.path!r}"
-            if module.kind != "embedding" or _weight_is_read(module, survey):
+            if module.kind != "embedding" or module.is_read:
                 raise ValueError(
                     f"{where}, a {module.type_name}. Rows are trained of an nn.Embedding that looks ids up; a head "
                     "that is tied to it follows."
@@ -134,9 +157,9 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
         part = module.type_name == "NonDynamicallyQuantizableLinear"
         hint = "it is part of an nn.MultiheadAttention: name that" if part else "leave it out of target_modules"
         raise ValueError(
-            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear, Conv1D, "
-            f"nn.Conv1d, 2d, 3d, nn.Embedding and nn.MultiheadAttention, not on classes that compute something else; "
-            f"{hint}."
+            f"target_modules matches {module.path!r}, a {module.type_name}{_whose_forward(module)}. Adapters go on "
+            "nn.Linear, Conv1D, nn.Conv1d, 2d, 3d, nn.Embedding and nn.MultiheadAttention, not on classes that compute "
+            f"something else; {hint}."
         )
     rank: int = by_pattern(config, "rank_pattern", module.path, config.r)
     alpha: float = by_pattern(config, "alpha_pattern", module.path, config.lora_alpha)
@@ -145,6 +168,11 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
         raise ValueError(
             f"{module.path!r} is a convolution with groups={module.groups}: its rank must be a multiple of that, got "
             f"r={rank}. Pass rank_pattern for it, or leave it out of target_modules."
+        )
+    if module.kind == "conv" and module.own_forward and (config.residual or config.lora_dropout):
+        raise ValueError(
+            f"{'residual' if config.residual else 'lora_dropout'} is not supported on convolutions with a forward of "
+            f"their own, and {module.path!r}, a {module.type_name}, is one."
         )
     if module.kind == "conv" and config.layer_norm:
         raise ValueError(f"layer_norm is not supported on convolutions, and {module.path!r} is one.")
@@ -166,7 +194,20 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
     sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
     kind = cast(AdapterKind, module.kind)
     beta: bool = by_pattern(config, "train_beta_pattern", module.path, config.train_beta)
-    return PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual, config.lora_bias)
+    options = (beta, dora, config.layer_norm, config.residual)
+    adapter = PlannedAdapter(module.path, kind, *sizes, *options, own_forward=module.own_forward, bias=config.lora_bias)
+    largest = max(map(math.prod, adapter.shapes.values()))
+    if largest > _LARGEST:
+        option = "rank_pattern" if rank != config.r else "r"
+        raise ValueError(
+            f"{option}: rank {rank} over {module.path!r} would make a tensor of {largest:,} elements, more than "
+            f"{_LARGEST:,}. No rank above {min(module.in_features, module.out_features)} adds anything there."
+        )
+    return adapter
+
+
+def _whose_forward(module: SurveyedModule) -> str:
+    return f", whose forward {module.reason}" if module.reason else ""
 
 
 def _adapters(module: SurveyedModule, config: LottaLoraConfig) -> Iterator[PlannedAdapter]:
@@ -188,40 +229,3 @@ def _adapters(module: SurveyedModule, config: LottaLoraConfig) -> Iterator[Plann
     for name, (weight, outputs, inputs) in module.matrices.items():
         path = f"{module.path}.{name}"
         yield replace(adapter, path=path, matrix=weight, in_features=inputs, out_features=outputs)
-
-
-def _target_names(survey: Survey, config: LottaLoraConfig) -> set[str]:
-    """Paths of the modules that `config.target_modules` means, by PEFT's matching rules."""
-    if config.target_modules is None:
-        names = ATTENTION_PROJECTIONS.get(survey.model_type or "")
-        if names is None:
-            what = f"model type {survey.model_type!r}" if survey.model_type else "a plain nn.Module"
-            raise ValueError(f"There are no default target_modules for {what}. {_linear_layers(survey)}")
-        config.target_modules = set(names)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        excluded = [] if isinstance(config.exclude_modules, str) else config.exclude_modules or []
-        return {
-            m.path
-            for m in survey.modules
-            if m.kind == "linear"
-            and not m.in_head
-            and not any(m.path == e or m.path.endswith(f".{e}") for e in excluded)
-            and not _weight_is_read(m, survey)
-            and not (isinstance(config.exclude_modules, str) and re.fullmatch(config.exclude_modules, m.path))
-        }
-    return {m.path for m in survey.modules if check_target_module_exists(config, m.path)}
-
-
-def _weight_is_read(module: SurveyedModule, survey: Survey) -> bool:
-    return module.path.rpartition(".")[2] in WEIGHT_IS_READ.get(survey.model_type or "", ())
-
-
-def _linear_layers(survey: Survey) -> str:
-    names: Mapping[str, None] = dict.fromkeys(
-        re.sub(r"(^|\.)\d+(?=\.)", r"\1*", module.path) for module in survey.modules if module.kind == "linear"
-    )
-    return f"Pass target_modules; its linear layers are: {', '.join(names) or 'none'}."
-
-
-def _shown(targets: Iterable[str] | None) -> Any:
-    return sorted(targets) if isinstance(targets, (set, list)) else targets

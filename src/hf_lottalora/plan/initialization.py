@@ -10,8 +10,8 @@ tell constants from random values, and yield the constants, whatever the archite
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-
-_RANDOM_OPS = ("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_")
 
 
 class InitialValue(NamedTuple):
@@ -36,29 +34,53 @@ class InitialValue(NamedTuple):
     value: torch.Tensor | None
 
 
-@contextmanager
-def untouched_rng() -> Iterator[None]:
-    """Leave torch's global generators, on every device, as they were found."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    devices = range(torch.accelerator.device_count()) if accelerator else ()
-    kind = accelerator.type if accelerator else "cuda"
-    with torch.random.fork_rng(devices=devices, device_type=kind):
-        yield
+class PrivateRandomness(TorchDispatchMode):
+    """Within it this thread draws from generators of its own: torch's global ones are neither read nor moved.
 
+    Saving and restoring those, as `torch.random.fork_rng` does, would undo what other threads draw meanwhile.
 
-class _RandomWrites(TorchDispatchMode):
-    """Remembers the storages that an in-place random operation wrote to."""
+    Attributes:
+        written: the storages that an in-place random operation wrote to.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.storages: set[int] = set()
+        self.written: set[int] = set()
+        self.seed = seed
+        self.generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in _RANDOM_OPS:
-            self.storages.add(args[0].untyped_storage()._cdata)
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        if func.overloadpacket.__name__.endswith("_"):
+            self.written.add(args[0].untyped_storage()._cdata)
             if args[0].is_meta:
                 return args[0]  # nothing to write; torch's own way to do that takes long
-        return func(*args, **(kwargs or {}))
+        first = args[0] if args else None
+        device = first.device if isinstance(first, torch.Tensor) else torch.device(kwargs.get("device") or "cpu")
+        seeded = _with_generator(func)
+        if seeded is None or device.type == "meta" or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return seeded(*args, **{**kwargs, "generator": self.generators[device]})
+
+
+@cache
+def _with_generator(operation: Any) -> Any:
+    """The overload that takes a generator besides: `rand(size)` is another one than with it. None for dropout."""
+
+    def arguments(overload: Any) -> set[tuple[str, str]]:
+        return {(argument.name, str(argument.type)) for argument in overload._schema.arguments}
+
+    packet = operation.overloadpacket
+    for overload in (operation, *(getattr(packet, name) for name in packet.overloads())):
+        if "generator" in dict(arguments(overload)) and arguments(operation) | arguments(overload) == arguments(
+            overload
+        ):
+            return overload
+    return None
 
 
 def architecture_init(model: nn.Module, matrices: set[int]) -> dict[int, InitialValue]:
@@ -79,12 +101,14 @@ def architecture_init(model: nn.Module, matrices: set[int]) -> dict[int, Initial
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone()
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):  # Accelerate's: it may hold all weights that are offloaded
+            memo[id(module._hf_hook)] = module._hf_hook
     twins = [memo[id(tensor)] for tensor in live]
     twin = copy.deepcopy(model, memo)
 
-    with untouched_rng():
-        first, written = _run_init(twin, twins, seed=0)
-        second, _ = _run_init(twin, twins, seed=1)
+    first, written = _run_init(twin, twins, seed=0)
+    second, _ = _run_init(twin, twins, seed=1)
     result = {}
     for tensor, copied, a, b in zip(live, twins, first, second, strict=True):
         if copied.is_meta:
@@ -97,15 +121,15 @@ def architecture_init(model: nn.Module, matrices: set[int]) -> dict[int, Initial
 
 
 def _run_init(twin: nn.Module, tensors: list[torch.Tensor], seed: int) -> tuple[list[torch.Tensor], set[int]]:
-    torch.default_generator.manual_seed(seed)
-    with torch.no_grad(), _RandomWrites() as recorder:
+    with torch.no_grad(), PrivateRandomness(seed) as random:
         for tensor in tensors:
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta:
                 tensor.fill_(torch.nan)  # what is NaN afterwards, no init code touched
         if isinstance(twin, PreTrainedModel):
             for module in twin.modules():
                 module._is_hf_initialized = False  # type: ignore[assignment]
-            twin.initialize_weights()
+            # Without its decorator, which exchanges functions of torch.nn.init for every thread.
+            inspect.unwrap(type(twin).initialize_weights)(twin)
         else:
             for module in twin.modules():
                 for name in ("reset_parameters", "_reset_parameters"):  # nn.MultiheadAttention has the latter
@@ -115,4 +139,4 @@ def _run_init(twin: nn.Module, tensors: list[torch.Tensor], seed: int) -> tuple[
                 if isinstance(module, Conv1D):  # its init is in its constructor
                     nn.init.normal_(module.weight, std=0.02)
                     nn.init.zeros_(module.bias)
-    return [tensor.detach().clone() for tensor in tensors], recorder.storages
+    return [tensor.detach().clone() for tensor in tensors], random.written

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch
 from ..options import Magnitude
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import ScaffoldTensor, combined_digest
+from .report import Reported
 from .survey import Survey, SurveyedTensor
 
 MANIFEST_KEY = "lottalora_manifest"
@@ -73,7 +73,8 @@ class PlannedAdapter:
     """A, B, beta and their options over one module; a tied head shares those of the input embedding.
 
     For one of several matrices of a module, `matrix` is its path there, and the adapter's own lies below the module's.
-    Of kind "rows" it is `rows` of an embedding, so many as its r, which are trained as they are.
+    With `own_forward` they go around the code of a subclass, see `plan.probe`. Of kind "rows" it is `rows` of an
+    embedding, so many as its r, which are trained as they are.
     """
 
     path: str
@@ -88,6 +89,7 @@ class PlannedAdapter:
     dora: Magnitude | None = None
     layer_norm: bool = False
     residual: bool = False
+    own_forward: bool = False
     bias: bool = False
     matrix: str = ""
     rows: tuple[int, ...] = ()
@@ -132,14 +134,18 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """Roles of all tensors, the adapters, and what they cost. `print(plan)` shows it as a table.
+class Plan(Reported):
+    """Roles of all tensors, the adapters, and what they cost.
+
+    `print(plan)` shows it as a table, and so does a notebook; `plan.to_dict()` is all of it as data.
 
     Attributes:
         survey: the model that was planned for.
         tensors: one entry per distinct tensor of the base model.
         adapters: one entry per adapted module.
         seed: the scaffold's.
+        targets: paths of the modules that carry an adapter, the token embedding apart.
+        rule: why these, for people to read.
         digests: filled once, by `scaffold_digests`.
     """
 
@@ -147,6 +153,8 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     adapters: tuple[PlannedAdapter, ...]
     seed: int
+    targets: tuple[str, ...] = ()
+    rule: str = ""
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -163,6 +171,11 @@ class Plan:
     def saved(self) -> dict[str, PlannedTensor]:
         """The tensors of the base model that the artifact contains, by path."""
         return {tensor.path: tensor for tensor in self.tensors if tensor.saved}
+
+    def trains_as(self, other: Plan) -> bool:
+        """Whether the two have adapters and trained tensors of the same places and sizes."""
+        mine, its = ({tensor.path for tensor in plan.with_role("trained")} for plan in (self, other))
+        return self.adapters == other.adapters and mine == its
 
     @property
     def adapter_parameters(self) -> int:
@@ -243,31 +256,3 @@ class Plan:
             at += size
         header = len(json.dumps(entries, separators=(",", ":")))
         return at + 8 + -(-header // 8) * 8
-
-    def __str__(self) -> str:
-        rows: dict[tuple[str, str], list[int]] = {}
-
-        def add(role: str, path: str, numel: int, size: int) -> None:
-            row = rows.setdefault((role, re.sub(r"\.\d+\.", ".*.", path)), [0, 0, 0])
-            row[0] += 1
-            row[1] += numel
-            row[2] += size
-
-        for tensor in self.tensors:
-            add(tensor.role, tensor.path, tensor.survey.numel, tensor.survey.numel * tensor.survey.dtype.itemsize)
-        for adapter in self.adapters:
-            if adapter.shapes:
-                label = f"{adapter.path} ({'rows' if adapter.rows else 'A, B, beta'})"
-                add("adapter", label, adapter.numel, adapter.numel * self.adapter_dtype().itemsize)
-        width = max(len(path) for _, path in rows)
-        lines = [f"LottaLoRA plan for {self.survey.class_name}, seed {self.seed}"]
-        lines.append(f"{'role':<9} {'tensor':<{width}} {'count':>5} {'parameters':>13} {'bytes':>14}")
-        for (role, path), (count, numel, size) in sorted(rows.items(), key=lambda row: row[0][0]):
-            lines.append(f"{role:<9} {path:<{width}} {count:>5} {numel:>13,} {size:>14,}")
-        share = self.trainable_parameters / self.total_parameters
-        lines.append(
-            f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of which "
-            f"A, B and beta {self.adapter_parameters:,}"
-        )
-        lines.append(f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed")
-        return "\n".join(lines)

@@ -16,13 +16,16 @@ import hashlib
 import math
 import os
 import struct
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from .interrupts import uninterrupted
 
 FORMAT_VERSION = 1
 GENERATOR = "philox4x64-10"
@@ -140,12 +143,13 @@ def scattered_elements(
     return elements
 
 
-def draw_blocks(draws: Iterable[Draw], threads: int | None = None) -> None:
+def draw_blocks(draws: Iterable[Draw], threads: int | None = None, done: Callable[[int], None] | None = None) -> None:
     """Fill every destination, spread in cache-sized blocks over `threads` threads.
 
     Args:
         draws: what to fill; destinations must not overlap.
         threads: defaults to `torch.get_num_threads()`. The values do not depend on it.
+        done: called, by any of the threads, with the number of elements of each block that has been drawn.
     """
     draws, threads = list(draws), threads or torch.get_num_threads()
     words = sum(len(draw.out) * draw.table.bits for draw in draws) // 64
@@ -157,7 +161,8 @@ def draw_blocks(draws: Iterable[Draw], threads: int | None = None) -> None:
         for at in range(0, len(draw.out), step):
             blocks.append((draw._replace(out=draw.out[at : at + step], start=draw.start + at), rows))
     # Threads that mostly pass Python's lock to each other are slower than one.
-    _in_parallel(_draw_block, blocks, threads if words >= len(blocks) << 12 else 1)
+    work = _draw_block if done is None else partial(_draw_block, done=done)
+    _in_parallel(work, blocks, threads if words >= len(blocks) << 12 else 1)
 
 
 def draw_words(key: np.ndarray[Any, Any], count: int, threads: int | None = None) -> np.ndarray[Any, Any]:
@@ -178,12 +183,28 @@ def _in_parallel(work: Callable[..., None], jobs: list[tuple[Any, ...]], threads
             work(*job)
     else:
         left = iter(jobs)  # shared by the threads; a future for each job would cost more than a small block
+        begun: list[None] = []
+        ended: list[None] = []
 
-        def take(_: int) -> None:
-            for job in left:
-                work(*job)
+        def take() -> None:
+            begun.append(None)
+            try:
+                for job in left:
+                    work(*job)
+            finally:
+                ended.append(None)
 
-        list(_pool(os.getpid(), threads).map(take, range(threads)))
+        def idle() -> None:
+            list(left)  # nothing more for who begins later
+            while len(ended) < len(begun):
+                time.sleep(1e-4)
+
+        try:
+            for future in [_pool(os.getpid(), threads).submit(take) for _ in range(threads)]:
+                future.result()
+        except BaseException:  # the threads must end before what they fill is filled with something else
+            uninterrupted(idle)
+            raise
 
 
 @cache
@@ -192,7 +213,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="hf_lottalora")
 
 
-def _draw_block(draw: Draw, rows: np.ndarray[Any, Any]) -> None:
+def _draw_block(draw: Draw, rows: np.ndarray[Any, Any], done: Callable[[int], None] | None = None) -> None:
     out, bits, count = draw.out, draw.table.bits, len(draw.out)
     first_word, lead = divmod(draw.start, 64 // bits)
     word_count = math.ceil((lead + count) * bits / 64)
@@ -208,6 +229,8 @@ def _draw_block(draw: Draw, rows: np.ndarray[Any, Any]) -> None:
         whole = np.empty(len(index) * rows.shape[1], out.dtype)
         _look_up(rows, index, whole)
         out[:] = whole[skip : skip + count]
+    if done is not None:
+        done(count)
 
 
 def _look_up(rows: np.ndarray[Any, Any], index: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:

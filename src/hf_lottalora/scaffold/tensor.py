@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -102,6 +102,8 @@ class ScaffoldTensor:
 
     def is_in(self, tensor: torch.Tensor, full: bool = False, runs: int = RUNS) -> bool:
         """Whether a tensor holds what is drawn in its dtype: looks at sampled runs, or with `full` at every element."""
+        if tuple(tensor.shape) != self.shape:
+            return False
         if not self.exact:
             drawn = self.draw(tensor.dtype)
             tolerance = max(torch.finfo(tensor.dtype).eps, 1e-9) * float(drawn.abs().amax())
@@ -158,13 +160,18 @@ def run_starts(numel: int) -> list[int]:
     return sorted({j * (numel - _RUN) // (RUNS - 1) for j in range(RUNS)})
 
 
-def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | None = None) -> None:
+def draw_into(
+    targets: Mapping[ScaffoldTensor, torch.Tensor],
+    threads: int | None = None,
+    done: Callable[[int], None] | None = None,
+) -> None:
     """Draw each scaffold tensor into the tensor given for it; those in CPU memory in one parallel pass.
 
-    Others one at a time: on a GPU by a kernel, else on the CPU, to be copied. The values are the same.
+    Others one at a time: on a GPU by a kernel, else on the CPU, to be copied. The values are the same. `done` is called
+    with the number of elements that have been drawn, whenever some have, by any thread.
     """
     direct = {s: t.detach() for s, t in targets.items() if s.exact and t.device.type == "cpu" and t.is_contiguous()}
-    draw_blocks((draw for scaffold, tensor in direct.items() for draw in scaffold._draws([(0, tensor)])), threads)
+    draw_blocks((draw for scaffold, tensor in direct.items() for draw in scaffold._draws([(0, tensor)])), threads, done)
     for scaffold, tensor in direct.items():
         if scaffold.zero_row is not None:
             tensor[scaffold.zero_row] = 0
@@ -180,6 +187,8 @@ def draw_into(targets: Mapping[ScaffoldTensor, torch.Tensor], threads: int | Non
             torch.autograd.graph.increment_version(target)
         else:
             target.detach().copy_(scaffold.draw(target.dtype, target.device, threads))
+        if done is not None:
+            done(scaffold.numel)
 
 
 def combined_digest(seed: int, digests: Mapping[str, str]) -> str:

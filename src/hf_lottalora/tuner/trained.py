@@ -8,6 +8,7 @@ wrapper in the forward pass, and with no original kept beside it where that can 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,23 @@ from torch import nn
 from ..paths import owner_of
 from ..plan.plan import Plan, PlannedTensor
 from ..residency.forms import VirtualWeight
+from ..scaffold.interrupts import uninterrupted
 from ..scaffold.tensor import ScaffoldTensor, draw_into
+from .progress import progress
+
+
+def check_shape(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
+    """Whether a live tensor has the shape that was planned for: what is compared by its elements can be a part.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    live = getattr(*owner_of(model, path))
+    if tuple(live.shape) != shape:
+        raise ValueError(
+            f"The model has {path!r} with shape {tuple(live.shape)}, expected {shape}. Change a model (its vocabulary, "
+            "say) before get_peft_model."
+        )
 
 
 class _Shelf(nn.Module):
@@ -25,10 +42,8 @@ class _Shelf(nn.Module):
         parameter.requires_grad_(False)
         self._parameters[path.replace(".", "/")] = parameter  # not register_parameter: PEFT may have patched it to meta
 
-    def take(self, path: str) -> nn.Parameter:
-        parameter = self._parameters.pop(path.replace(".", "/"))
-        assert parameter is not None
-        return parameter
+    def drop(self, path: str) -> None:
+        self._parameters.pop(path.replace(".", "/"), None)
 
     def get(self, path: str) -> torch.Tensor | None:
         return self._parameters.get(path.replace(".", "/"))
@@ -68,7 +83,8 @@ class TrainedTensors(nn.Module):
                 original = self.originals.get(path)
                 copy.copy_(live if original is None else original)
             shelf.put(path, nn.Parameter(copy, requires_grad=False))
-        draw_into(draws)
+        with progress("Drawing starting values", sum(spec.numel for spec in draws)) as done:
+            draw_into(draws, done=done)
         self.adapters[adapter] = shelf
         self.planned[adapter] = planned
 
@@ -80,37 +96,49 @@ class TrainedTensors(nn.Module):
         """Put this adapter's copies in place; with None, or where it has none, the base values."""
         if adapter == self.installed:
             return
-        self.check_installable(adapter)
+        self.check_installable(model, adapter)
         leaving = self.planned.get(self.installed or "", {})
         coming = self.planned.get(adapter or "", {})
-        for path in {**leaving, **coming}:
-            tensor = coming.get(path) or leaving[path]
-            live = getattr(*owner_of(model, path))
-            if path in leaving:
-                self.adapters[self.installed].put(path, live)  # type: ignore[index]
-            elif tensor.base is None and not live.is_meta:
-                self.originals.put(path, live)
+        tensors = {**leaving, **coming}
+        live = {path: getattr(*owner_of(model, path)) for path in tensors}
+        parameters: dict[str, Any] = {}
+        for path, tensor in tensors.items():  # takes long, and may be interrupted: nothing has moved yet
             if path in coming:
-                parameter = self.adapters[adapter].take(path)  # type: ignore[index]
+                parameters[path] = self.adapters[adapter].get(path)  # type: ignore[index]
             elif tensor.base is None:
-                parameter = self.originals.take(path)
+                parameters[path] = self.originals.get(path)
             else:
-                parameter = _made(tensor, live)
-            for alias in tensor.survey.aliases:
-                owner, attribute = owner_of(model, alias)
-                owner._parameters[attribute] = parameter
-        self.installed = adapter if coming else None
+                parameters[path] = _made(tensor, live[path])
+        left = self.installed
 
-    def check_installable(self, adapter: str | None) -> None:
+        def exchange() -> None:
+            for path, tensor in tensors.items():
+                if path in leaving:
+                    self.adapters[left].put(path, live[path])  # type: ignore[index]
+                elif tensor.base is None and not live[path].is_meta:
+                    self.originals.put(path, live[path])
+                (self.adapters[adapter] if path in coming else self.originals).drop(path)  # type: ignore[index]
+                for alias in tensor.survey.aliases:
+                    owner, attribute = owner_of(model, alias)
+                    owner._parameters[attribute] = parameters[path]
+            self.installed = adapter if coming else None
+
+        uninterrupted(exchange)
+
+    def check_installable(self, model: nn.Module, adapter: str | None) -> None:
         """Whether `install` could go from what is installed to this adapter. Changes nothing.
 
         Raises:
-            ValueError: the base value of a tensor is needed, and the model was built without it.
+            ValueError: a tensor has another shape than was planned for, or its base value is needed and the model was
+                built without it.
         """
         if adapter == self.installed:
             return
         coming = self.planned.get(adapter or "", {})
-        for path, tensor in self.planned.get(self.installed or "", {}).items():
+        leaving = self.planned.get(self.installed or "", {})
+        for path, tensor in {**leaving, **coming}.items():
+            check_shape(model, path, tensor.survey.shape)
+        for path, tensor in leaving.items():
             if tensor.base is None and path not in coming and self.originals.get(path) is None:
                 raise ValueError(
                     f"The pretrained value of {path!r} is needed without adapter {self.installed!r}, but the model was "
@@ -118,10 +146,10 @@ class TrainedTensors(nn.Module):
                     "PeftModel.from_pretrained(base_model, path)."
                 )
 
-    def check_removable(self, adapter: str) -> None:
+    def check_removable(self, model: nn.Module, adapter: str) -> None:
         """Whether this adapter could be removed. Changes nothing; raises as `check_installable`."""
         if self.installed == adapter:
-            self.check_installable(None)
+            self.check_installable(model, None)
 
     def base_value(self, model: nn.Module, path: str) -> torch.Tensor:
         """The value of a tensor that no adapter has trained, whatever is installed now."""

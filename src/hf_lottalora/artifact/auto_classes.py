@@ -1,0 +1,45 @@
+"""The classes that load artifacts: an `AutoLottaLoraModelForX` for each `AutoModelForX` of transformers.
+
+Editors read `auto_classes.pyi`, which `tests/artifact/make_auto_classes_stub.py` writes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftConfig
+from transformers import AutoConfig
+
+from .auto import AutoLottaLora
+from .files import HUB_OPTIONS, locate
+from .loaders import LOADERS, loader_of
+
+__all__ = list(LOADERS)
+
+
+def docstring(auto_name: str) -> str:
+    """Of our class that stands for this one."""
+    return f"Loads from an artifact what `transformers.{auto_name}` builds."
+
+
+def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> Any:
+    """Our class for an auto class of transformers, or with None the artifact's own.
+
+    Returns:
+        The class; None where the path is no artifact of ours, or has a base model to be loaded over.
+    """
+    wanted = {key: hub[key] for key in ("subfolder", *HUB_OPTIONS) if hub.get(key) is not None}
+    config = PeftConfig.from_pretrained(path, **wanted)
+    if config.peft_type != "LOTTALORA" or config.base_model_name_or_path:
+        return None
+    file = locate(path, "config.json", **wanted)
+    if auto is None and file is not None:
+        architecture = AutoConfig.from_pretrained(file)
+        auto = LOADERS.get(loader_of(architecture, (architecture.architectures or [""])[0]) or "")
+    return next((globals()[ours] for ours, theirs in LOADERS.items() if theirs is auto), AutoLottaLoraModel)  # noqa: F821
+
+
+for _name, _auto in LOADERS.items():
+    _members = {"_auto_class": _auto, "__doc__": docstring(_auto.__name__), "__module__": __name__}
+    globals()[_name] = type(_name, (AutoLottaLora,), _members)

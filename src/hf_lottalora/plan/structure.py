@@ -1,0 +1,146 @@
+"""What a module's own code says of its layers: which ones mix tokens, and whose weights are read without a call.
+
+Read off the source of the classes, once per class: no forward pass, so no inputs and no memory are needed.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, TypeGuard
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# Functions by which the code of a module mixes tokens: attention, scans of state spaces, linear attention, convolution.
+_MIXES = re.compile(
+    r"scaled_dot_product_attention|attention_interface|flash_attn|flash_attention|flex_attention|selective_scan|_scan"
+    r"|mamba_|segment_sum|delta_rule|causal_conv1d|lightning|rg_lru|wkv|mlstm"
+)
+_ATTENDS = re.compile(r"(attention|attn)(?!.*(layer|block|encoder|decoder|model|stage|list|head)$)", re.IGNORECASE)
+_FUSED = re.compile(r"fast_path|cuda_kernels|kernels_forward")  # beside code that calls each layer, code that does not
+_CHOOSES = re.compile(r"\btopk\(")  # routers and indexers: what they choose has no gradient
+_FEEDS_FORWARD = re.compile(r"(mlp|feed_?forward|ffn)(block|layer)?$", re.IGNORECASE)
+# What lies in an attention module and is no projection of tokens: positions, biases and kernels made by small networks,
+# routers, and adapters that an architecture brings itself.
+NO_PROJECTION = re.compile(
+    r"(^|[._])(pos|rel|relative|position|positional|router|indexer|adapters?|lora|kernel)([._]|$)|rel_pos|cpb_mlp",
+    re.IGNORECASE,
+)
+# Looking at these of a weight does not multiply with it.
+_LOOKS = {"dtype", "device", "shape", "size", "ndim", "dim", "is_meta", "requires_grad", "numel", "element_size"}
+_NOT_FORWARD = {
+    "__init__",
+    "_init_weights",
+    "init_weights",
+    "reset_parameters",
+    "extra_repr",
+    "tie_weights",
+    "_tie_weights",
+}
+
+
+def token_projections(model: nn.Module) -> set[str]:
+    """Paths below modules that attend or otherwise mix tokens, without what is known to be no projection there."""
+    found: set[str] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            found.add(path)
+        elif path and _mixes_tokens(module):
+            found |= {f"{path}.{below}" for below in _projections(module)}
+    return found
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    return not isinstance(module, PreTrainedModel) and bool(_ATTENDS.search(kind.__name__) or _calls_mixer(kind))
+
+
+def _projections(module: nn.Module, path: str = "") -> Iterator[str]:
+    for name, child in module.named_children():
+        below = f"{path}.{name}" if path else name
+        kind: Any = type(child)
+        chooses = _CHOOSES.search(_source(kind)) and not _ATTENDS.search(kind.__name__)
+        if not (chooses or NO_PROJECTION.search(name) or _FEEDS_FORWARD.search(kind.__name__)):
+            yield below
+            yield from _projections(child, below)
+
+
+def weights_read(model: nn.Module) -> set[str]:
+    """Paths of modules whose weight some other module's code reads without calling them, always or on some path."""
+    found = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind: Any = type(module)
+        found |= {f"{path}.{below}" if path else below for below in _weights_read_by(kind)}
+    return found
+
+
+@cache
+def _calls_mixer(kind: Any) -> bool:
+    calls = (node.func for function in _functions(kind) for node in ast.walk(function) if isinstance(node, ast.Call))
+    return any(_MIXES.search(name) for call in calls for name in _chain(call)[:1])
+
+
+@cache
+def _weights_read_by(kind: Any) -> frozenset[str]:
+    read, called, handed_on = set(), set(), set()
+    for function in _functions(kind):
+        looked_at = {
+            id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in _LOOKS
+        }
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call):
+                called.add(_below_self(node.func))
+                if _chain(node.func)[0] not in ("isinstance", "hasattr"):
+                    arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+                    handed_on |= {_below_self(a.value) for a in arguments if _is_weight(a)}
+            elif _is_weight(node) and id(node) not in looked_at:
+                read.add(_below_self(node.value))
+    # Where code calls a layer and also looks into its weight, only kernels that are handed the weight count.
+    return frozenset((read if _FUSED.search(_source(kind)) else (read - called) | handed_on) - {""})
+
+
+def _is_weight(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and node.attr == "weight"
+
+
+def _below_self(node: ast.expr) -> str:
+    """The path `a.b` of `self.a.b`, "" for anything else."""
+    *parts, root = _chain(node)
+    return ".".join(reversed(parts)) if root == "self" else ""
+
+
+def _functions(kind: Any) -> Iterator[ast.FunctionDef]:
+    source = _source(kind)
+    for node in ast.walk(ast.parse(source)) if source else ():
+        if isinstance(node, ast.FunctionDef) and node.name not in _NOT_FORWARD:
+            yield node
+
+
+def _chain(node: ast.expr) -> list[str]:
+    """`self.a.b` as ["b", "a", "self"], [""] for what is no such chain."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return [*parts, node.id if isinstance(node, ast.Name) else ""]
+
+
+@cache
+def _source(kind: Any) -> str:
+    """The code of a class and of those it inherits from, without torch's own; "" where there is none to read."""
+    sources = []
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.") or base is object:
+            continue
+        if base.__name__ in ("PreTrainedModel", "GenerationMixin"):
+            break
+        try:
+            sources.append(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError):  # made at run time
+            continue
+    return "\n".join(sources)
