@@ -494,9 +494,10 @@ def _check_adapter_name(adapter_name: str, model: nn.Module, adapters: Iterable[
 def _check_task(model: nn.Module, config: LottaLoraConfig) -> None:
     # PEFT's classes for these tasks ask for this method only after the adapters are in.
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        task = TaskType(config.task_type).value
         raise ValueError(
-            f"task_type={TaskType(config.task_type).value!r} is for models that generate: {type(model).__name__} has "
-            "no prepare_inputs_for_generation. Pass the model's own task_type, or None."
+            f"task_type={task!r} is for models that generate, and {type(model).__name__} has no "
+            "prepare_inputs_for_generation. Pass the model's own task_type, or None."
         )
 
 
