@@ -25,6 +25,26 @@ from ..scaffold.tensor import ScaffoldTensor
 from .functional import without_autocast
 
 
+class Switches:
+    """Shared by the layers of a model: the adapters that also train tensors beside them, and who is switching."""
+
+    def __init__(self) -> None:
+        self.trained: set[str] = set()
+        self.by_model = False
+
+    def check(self, call: str) -> None:
+        """Refuse to switch the layers alone.
+
+        Raises:
+            ValueError: adapters train tensors beside the layers, and the model does not know of the call.
+        """
+        if self.trained and not self.by_model:
+            raise ValueError(
+                f"{call} of a layer, or of peft.functional, leaves out what adapters {sorted(self.trained)} train "
+                f"beside the layers: embeddings, head or norms. Call the model's own {call}."
+            )
+
+
 class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     """What LottaLoRA adds to a PEFT LoRA layer: beta, and a base weight that can be drawn again."""
 
@@ -37,6 +57,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     # The base weight while adapters are merged into its place, where it cannot be drawn again: a pretrained one that
     # was kept, or a drawn one that a cast to a smaller dtype has rounded.
     _unmerged_weight: torch.Tensor | None = None
+    switches = Switches()  # the model's, once it has placed the layer
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         if not isinstance(config, LottaLoraConfig):
@@ -80,6 +101,18 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             if adapter_name in held:
                 item = held[adapter_name]
                 yield from item.parameters() if isinstance(item, nn.Module) else (item,)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self.switches.check("set_adapter")
+        super().set_adapter(adapter_names, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        self.switches.check("set_requires_grad")
+        super().set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.switches.check("delete_adapter")
+        super().delete_adapter(adapter_name)
 
     def freeze_beta(self, adapter_name: str) -> None:
         """Beta stays as it is, whatever PEFT switches on."""

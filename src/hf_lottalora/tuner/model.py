@@ -20,7 +20,7 @@ from ..artifact.manifest import check_scaffold, check_shapes, check_state_dict
 from ..config import LottaLoraConfig
 from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
-from ..layers.layer import ScaffoldLayer
+from ..layers.layer import ScaffoldLayer, Switches
 from ..layers.linear import ScaffoldLinear
 from ..paths import owner_of
 from ..plan.initialization import untouched_rng
@@ -84,6 +84,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         self.survey = None
         self.trained = TrainedTensors()
         self.base = BaseTensors(model, self.trained)
+        self.switches = Switches()
         self._layers_disabled = False
         self.plans: dict[str, Plan] = {}
 
@@ -138,10 +139,11 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
         self.trained.add(model, adapter_name, plan, start=not (low_cpu_mem_usage or _weights_follow()))
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
-        with untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
+        with self._switching(), untouched_rng():  # nn.Linear's constructor draws, even where its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         config.target_modules = requested
         self._finish_adapters(model, adapter_name, plan, config)
+        self.switches.trained |= {adapter_name} if self.trained.planned[adapter_name] else set()
         self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
 
     @staticmethod
@@ -184,6 +186,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                     parent, _, child = adapter.path.rpartition(".")
                     setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))  # type: ignore[operator]
                 continue
+            layer.switches = self.switches
             layer.scaffold = plan.scaffold.get(f"{adapter.path}.weight") or layer.scaffold
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
@@ -192,6 +195,14 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
 
     # ---- switching ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _switching(self) -> Iterator[None]:
+        outer, self.switches.by_model = self.switches.by_model, True
+        try:
+            yield
+        finally:
+            self.switches.by_model = outer
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters, with the trained tensors of the one that has any.
@@ -202,7 +213,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         owner = None if self._layers_disabled else self.trained.owner_among(names)
         self.trained.check_installable(owner)
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        with self._switching():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
         self._restore_residency()  # PEFT has unmerged layers, and base values are back where trained copies stood
@@ -210,7 +222,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         self.trained.check_installable(self.trained.owner_among(self.active_adapters) if enabled else None)
         self._layers_disabled = not enabled
-        super()._enable_adapter_layers(enabled)
+        with self._switching():
+            super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._set_trained_grad(self.active_adapters, enabled)
         if enabled:
@@ -218,7 +231,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Enable or disable gradients on adapters and their trained tensors."""
-        super().set_requires_grad(adapter_names, requires_grad)
+        with self._switching():
+            super().set_requires_grad(adapter_names, requires_grad)
         self._set_trained_grad([adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
 
     def _set_trained_grad(self, adapters: list[str], requires_grad: bool) -> None:
@@ -239,7 +253,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """Delete an adapter and its trained tensors; another one becomes active if it was."""
         self.trained.check_removable(adapter_name)
         was_active = adapter_name in self.active_adapters
-        super().delete_adapter(adapter_name)
+        with self._switching():
+            super().delete_adapter(adapter_name)
+        self.switches.trained.discard(adapter_name)
         self.trained.remove(self.model, adapter_name)
         self.plans.pop(adapter_name, None)
         if was_active and self.active_adapters:
