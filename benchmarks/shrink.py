@@ -31,11 +31,11 @@ TASKS = (
 RULES: tuple[tuple[str, int], ...] = (
     (r"codebook_size|audio_vocab_size|num_embeddings", 64),  # powers of two
     (r".*vocab_size.*|n_tokens", VOCABULARY),
-    (r"rotary_dim|attention_window|local_attention\w*|sliding_window\w*|chunk_size|context_size|attention_chunk_size", 8),
+    (r"rotary_dim|attention_window|(local_attention|sliding_window)\w*|(attention_)?chunk_size|context_size", 8),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
     (r"mamba_d_head|mamba_head_dim|mamba_headdim", 16),
     (r"num_feat_extract_layers|vision_feature_layer|num_adapter_layers", 99),
-    (r".*(max_\w*position|n_positions|max_seq|context_length|n_ctx|block_size|model_max_length|max_length).*", POSITIONS),
+    (r".*(max_\w*position|n_positions|max_seq|context_length|n_ctx|block_size|max_length).*", POSITIONS),
     (r".*(num_key_value_heads|num_kv_heads|kv_heads|num_key_value_groups)", 2),
     (r".*(attention_heads|num_heads|n_head|n_heads|attn_heads|num_query_heads)", HEADS),
     (r".*index_n_heads", 2),
@@ -46,8 +46,8 @@ RULES: tuple[tuple[str, int], ...] = (
     (r".*(n_group|topk_group|n_groups)", 1),
     (r".*(intermediate_size|ffn_dim|mlp_dim|d_ff|dff|feedforward_dim|ffn_hidden_size|d_inner|inner_dim)", 48),
     (r".*(lora_rank|rope_head_dim|nope_head_dim|d_rel)", 8),
-    (r".*(hidden_size|d_model|n_embd|hidden_dim|embed_dim|embedding_dim|embedding_size|emb_dim|_width|width|dim)", WIDTH),
-    (r".*(projection_dim|project_dim|proj_size|_channels|channels|_units|_size_per_layer_input|pooler_output_size)", WIDTH),
+    (r".*(hidden_size|d_model|n_embd|embedding_size|width|dim|proj_size|channels|_units)", WIDTH),
+    (r".*(_size_per_layer_input|pooler_output_size)", WIDTH),
     (r".*(num_queries|num_latents|num_query_tokens|num_patterns|num_denoising)", 8),
 )  # fmt: skip
 KEEP = re.compile(
@@ -57,10 +57,14 @@ KEEP = re.compile(
 )
 # What cannot be read off keys, by model type.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "bit": {"num_groups": 4},
-    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "first_k_dense_replace": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_vl_text": {"head_dim": 16},
@@ -68,6 +72,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 48},
+    "ministral": {"head_dim": 16},
+    "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "layers_block_type": ["mamba", "hybrid"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
 }
 
@@ -108,8 +116,14 @@ def _smaller(key: str, value: Any) -> Any:
             return value
         limit = next((limit for pattern, limit in RULES if re.fullmatch(pattern, key)), None)
         return value if limit is None else min(value, limit)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        if re.fullmatch(r"depths?|num_layers|layers|num_encoder_blocks|num_blocks|stage_num_blocks|num_block_repeats", key):
+    if (
+        isinstance(value, (list, tuple))
+        and value
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    ):
+        if re.fullmatch(
+            r"depths?|num_layers|layers|num_encoder_blocks|num_blocks|stage_num_blocks|num_block_repeats", key
+        ):
             return [min(v, 1) for v in value]
         if re.fullmatch(r".*(hidden_sizes|embed_dims?|dims|conv_dim|widths?|stage_channels)", key):
             return [min(v, 16 * 2 ** min(i, 2)) for i, v in enumerate(value)]
@@ -134,11 +148,11 @@ def _consistent(values: dict[str, Any]) -> dict[str, Any]:
     if "kv_lora_rank" in values and "num_attention_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has no groups
     layers = next((values[k] for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if k in values), None)
+    per_layer = re.compile(r".*(layer_types|layers_block_type|no_rope_layers|layer_rope_theta|indexer_types)")
     for key, value in values.items():
-        per_layer = re.fullmatch(r".*(layer_types|layers_block_type|no_rope_layers|layer_rope_theta|indexer_types)", key)
-        if per_layer and isinstance(value, list) and isinstance(layers, int):
-            kinds = list(dict.fromkeys(value))
-            values[key] = (kinds if len(kinds) >= layers else kinds + value)[:layers] if isinstance(value[0], str) else value[:layers]
+        if per_layer.fullmatch(key) and isinstance(value, list) and isinstance(layers, int):
+            kinds = [*dict.fromkeys(value), *value] if isinstance(value[0], str) else value  # one of each kind first
+            values[key] = kinds[:layers]
     return values
 
 
@@ -198,7 +212,7 @@ def batches_of(model: Any, rows: int = 2, length: int = 8) -> Iterator[dict[str,
                 "attention_mask": torch.ones(rows, length),
             }
         ],
-        "past_values": [{"past_values": randn(rows, _of(config, "context_length", 32), _of(config, "num_input_channels", 1))}],
+        "past_values": [{"past_values": randn(rows, _of(config, "context_length", 32), 1)}],
     }
     for inputs in options.get(model.main_input_name, []):
         if inputs.keys() <= known.keys():
@@ -206,7 +220,10 @@ def batches_of(model: Any, rows: int = 2, length: int = 8) -> Iterator[dict[str,
 
 
 def _of(config: Any, key: str, default: Any) -> Any:
-    for part in (config, *(getattr(config, k, None) for k in ("text_config", "vision_config", "audio_config", "encoder", "decoder"))):
+    for part in (
+        config,
+        *(getattr(config, k, None) for k in ("text_config", "vision_config", "audio_config", "encoder", "decoder")),
+    ):
         if isinstance(getattr(part, key, None), (int, list, tuple)):
             return getattr(part, key)
     return default

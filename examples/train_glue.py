@@ -4,14 +4,16 @@ From a seed (an architecture, no pretrained weights):
 
     python examples/train_glue.py --config_name google-bert/bert-base-uncased \\
         --tokenizer_name google-bert/bert-base-uncased --config_overrides hidden_size=256,num_hidden_layers=4 \\
-        --task_name sst2 --r 8 --do_train --do_eval --learning_rate 1e-3 --output_dir out/sst2
+        --task_name sst2 --lora_r 8 --do_train --do_eval --learning_rate 1e-3 --output_dir out/sst2
 
 On a pretrained model, with noise in place of its attention projections: `--model_name_or_path NAME --redraw targets`.
 The same training without LottaLoRA, to compare: `--method lora` or `--method full`.
 
-Several processes: `accelerate launch --num_processes 2 examples/train_glue.py ...` on GPUs. On a CPU use
-`torchrun --nproc_per_node 2 examples/train_glue.py --use_cpu ...`, because `accelerate launch --cpu --num_processes 2`
-silently starts one process. The log says how many there are.
+Several processes, on GPUs, and on a CPU, where `accelerate launch --cpu --num_processes 2` silently starts one (the log
+says how many there are):
+
+    accelerate launch --num_processes 2 examples/train_glue.py ...
+    torchrun --standalone --nproc_per_node 2 examples/train_glue.py --use_cpu ...
 """
 
 from __future__ import annotations
@@ -86,8 +88,10 @@ class LottaLoraArguments:
         default=None,
         metadata={"help": "Seed of the scaffold, adapters and trained tensors. Default: --seed, which also shuffles."},
     )
-    r: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=8, metadata={"help": "The adapters are scaled by lora_alpha / r."})
+    # torchrun and accelerate take --r for one of their own options.
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters.", "aliases": ["--r"]})
+    lora_alpha: float = field(default=8.0, metadata={"help": "The adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapters."})
     family: str = field(
         default="normal",
         metadata={"help": "Distribution of the scaffold.", "choices": list(hf_lottalora.FAMILIES)},
@@ -113,8 +117,9 @@ class LottaLoraArguments:
         return hf_lottalora.LottaLoraConfig(
             task_type="SEQ_CLS",
             seed=seed if self.scaffold_seed is None else self.scaffold_seed,
-            r=self.r,
+            r=self.lora_r,
             lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
             family=self.family,
             redraw=self.redraw,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
@@ -246,7 +251,12 @@ def with_method(model: nn.Module, args: LottaLoraArguments, seed: int) -> nn.Mod
     adapted = [adapter.path for adapter in plan.adapters]
     trained = sorted({tensor.path.rpartition(".")[0] for tensor in plan.with_role("trained")})
     lora = LoraConfig(
-        task_type="SEQ_CLS", r=args.r, lora_alpha=args.lora_alpha, target_modules=adapted, modules_to_save=trained
+        task_type="SEQ_CLS",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=adapted,
+        modules_to_save=trained,
     )
     return get_peft_model(model, lora)
 

@@ -130,7 +130,7 @@ def build_model(method: str, seed: int, rank: int, vocab_size: int) -> nn.Module
         return model
     kind, _, frozen = method.partition("-")
     options = {**(ZERO if kind == "zero" else {}), "embeddings": "frozen" if frozen else "train"}
-    config = hf_lottalora.LottaLoraConfig(seed=seed, r=rank, task_type="SEQ_CLS", **options)
+    config = hf_lottalora.LottaLoraConfig(seed=seed, r=rank, task_type="SEQ_CLS", decay_beta=True, **options)
     model = get_peft_model(model, config)
     if kind == "head":
         for name, parameter in model.named_parameters():

@@ -233,7 +233,7 @@ class LottaLoraConfig(LoraConfig):
         self._plan: Any = None
         self._custom_modules = {nn.Module: _refuse_lora_tuner}  # asked by PEFT's LoraModel, not by ours
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
-        self._artifact_architecture: dict[str, Any] | None = None
+        self._artifact_architecture: str | None = None  # path of its config.json
         self._values_follow = False  # a file has them, so no starting values are drawn
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from commands import printed
 from data_dir import data_dir
+from torch.distributed.run import get_args_parser
 from transformers import BertConfig
 
 import hf_lottalora
@@ -93,12 +98,100 @@ def launch(command: list[Any]) -> str:
     return done.stdout
 
 
+# ---- commands as they are printed -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_printed(architecture: str, cache: str, tmp_path: Path) -> Callable[[str], list[str]]:
+    """The words of a printed command, but for names on the hub, its data, and how much of it."""
+    data, few = data_dir(), "--max_train_samples 64 --max_eval_samples 64 --num_train_epochs 1 --max_seq_length 48"
+    substitutions = {
+        "python ": f"{sys.executable} ",
+        "torchrun ": f"{BIN}/torchrun ",
+        "accelerate ": f"{BIN}/accelerate ",
+        "--config_name google-bert/bert-base-uncased": f"--config_name {architecture}",
+        "--tokenizer_name google-bert/bert-base-uncased": f"--tokenizer_name {data}/tokenizers/bert-base-uncased",
+        "--task_name sst2": f"--task_name sst2 --data_dir {data}/glue --cache_dir {cache} {few} --disable_tqdm True",
+        "--output_dir out/sst2": f"--output_dir {tmp_path}/out",
+    }
+
+    def substituted(command: str) -> list[str]:
+        for text, other in substitutions.items():
+            command = command.replace(text, other)
+        return shlex.split(command)
+
+    return substituted
+
+
+def train_glue_commands() -> list[tuple[str, str]]:
+    """Commands of this script and where they are printed; "..." stands for the arguments of the first one there."""
+    found = []
+    for name, commands in printed().items():
+        ours = [command for command in commands if "examples/train_glue.py" in command]
+        arguments = ours[0].partition("examples/train_glue.py ")[2] if ours else ""
+        found += [(name, command.replace("...", arguments)) for command in ours]
+    return found
+
+
+def test_every_page_prints_every_way_to_start() -> None:
+    ways = [(name, command.split()[0]) for name, command in train_glue_commands()]
+    pages = ("README.md", "examples/train_glue.py")
+    assert ways == [(page, tool) for page in pages for tool in ("python", "accelerate", "torchrun")]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.parametrize(("page", "command"), [c for c in train_glue_commands() if c[1].startswith("python ")])
+def test_printed_commands(
+    page: str, command: str, as_printed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, script, *arguments = as_printed(command)
+    assert script == "examples/train_glue.py"
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    train_glue.main()
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["train_samples"] == results["eval_samples"] == 64 and "eval_accuracy" in results
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 8 and config["seed"] == 42
+
+
+@pytest.mark.parametrize(("tool", "processes"), [("torchrun", 2), ("accelerate", max(1, torch.cuda.device_count()))])
+def test_printed_commands_of_several_processes(
+    tool: str, processes: int, as_printed: Any, common: list[str], tmp_path: Path
+) -> None:
+    (command,) = {c for name, c in train_glue_commands() if c.startswith(tool) and name == "README.md"}
+    log = launch(as_printed(command))
+    assert f"processes: {processes}," in log  # accelerate launch starts one on a CPU, as it is printed there
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(math.log(2), abs=0.2)
+    model = hf_lottalora.AutoLottaLoraModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    model.verify_scaffold(full=True)
+    assert model.get_plan().seed == 42 and model.peft_config["default"].r == 8
+
+
+def test_launchers_leave_our_options_alone() -> None:
+    options = {
+        f"--{name}"
+        for arguments in (train_glue.ModelArguments, train_glue.DataArguments, train_glue.LottaLoraArguments)
+        for name in arguments.__dataclass_fields__
+    }
+    assert {"--lora_r", "--lora_alpha", "--lora_dropout"} <= options and "--r" not in options
+    for option in sorted(options):
+        for parser in (get_args_parser(), launch_command_parser()):
+            assert parser.parse_args([SCRIPT, option, "1"]).training_script_args == [option, "1"]
+
+
+def test_the_short_name_is_still_taken(train: Train) -> None:
+    result = train(*rte(), "--r", "2", "--lora_alpha", "2.5", "--lora_dropout", "0.1", "--max_steps", "1")
+    config = json.loads((result["folder"] / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 2.5, 0.1)
+
+
 # ---- whole runs -------------------------------------------------------------------------------------------------------
 
 
 def test_launch_then_evaluate_the_artifact_in_a_fresh_process(common: list[str], tmp_path: Path) -> None:
-    command = [BIN / "accelerate", "launch", SCRIPT, *common, *rte(), "--output_dir", tmp_path / "a"]
-    log = launch([*command, "--r", "2", "--scaffold_seed", "5"])
+    command = [sys.executable, SCRIPT, *common, *rte(), "--output_dir", tmp_path / "a"]
+    log = launch([*command, "--lora_r", "2", "--scaffold_seed", "5"])
     assert "LottaLoRA plan for BertForSequenceClassification, seed 5" in log
     assert "processes: 1," in log
     assert f"trainable: {EMBEDDINGS + NORMS + CLASSIFIER + ADAPTERS + BETAS:,} of 997,610 parameters (98.21 %)" in log
@@ -115,32 +208,6 @@ def test_launch_then_evaluate_the_artifact_in_a_fresh_process(common: list[str],
     model.verify_scaffold(full=True)
     assert model.get_plan().seed == 5
     assert model.config.label2id == {"entailment": 0, "not_entailment": 1}
-
-
-def test_two_processes(common: list[str], tmp_path: Path) -> None:
-    log = launch(
-        [
-            BIN / "torchrun",
-            "--standalone",
-            "--nproc_per_node",
-            2,
-            SCRIPT,
-            *common,
-            *rte(),
-            "--output_dir",
-            tmp_path / "out",
-        ]
-    )
-    assert "processes: 2," in log
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert state["global_step"] == 4  # 64 rows, 2 x 16 a step, 2 epochs
-    # The loss of guessing is ln 2, however many processes there are.
-    assert all(0.5 < loss < 0.9 for loss in losses(state))
-    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    assert results["eval_loss"] == pytest.approx(math.log(2), abs=0.1)
-    hf_lottalora.AutoLottaLoraModelForSequenceClassification.from_pretrained(tmp_path / "out").verify_scaffold(
-        full=True
-    )
 
 
 def test_what_ddp_does_with_a_scaffold() -> None:
@@ -182,7 +249,7 @@ def test_methods_to_compare_with(
     train: Train, options: list[str], trainable: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="train_glue")
-    result = train(*rte(), "--r", "2", "--method", *options)
+    result = train(*rte(), "--lora_r", "2", "--method", *options)
     assert result["train_loss"] == pytest.approx(math.log(2), abs=0.1)
     shown = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("trainable"))
     assert f"trainable: {trainable:,} of" in shown
@@ -234,7 +301,7 @@ BAD_ARGUMENTS = [
     ("{rte} --config_overrides hidden=3", r"--config_overrides hidden=3: key hidden isn't in the original config"),
     ("{rte} --tokenizer_name {tmp}/empty", r"empty has no tokenizer with a vocabulary. Pass --tokenizer_name"),
     ("{rte} --output_dir trainer_output", r"Pass --output_dir"),
-    ("{rte} --r 0", r"r must be a positive integer, got 0"),
+    ("{rte} --lora_r 0", r"r must be a positive integer, got 0"),
     ("{rte} --scaffold_seed -1", r"seed"),
     ("{rte} --target_modules nothing", r"target_modules=\['nothing'\] matches no linear layer"),
     ("{rte} --do_predict", r"There is no --do_predict"),

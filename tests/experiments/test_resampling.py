@@ -82,24 +82,117 @@ class Classifier(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-@pytest.mark.parametrize(("schedule", "draws"), [("epoch", 2), ("step", 4), ("micro_batch", 8)])
-def test_trainer(tmp_path: Path, schedule: Any, draws: int) -> None:
+class InOrder(Trainer):
+    """transformers 5.0 shuffles otherwise after resuming within a second epoch."""
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return torch.utils.data.SequentialSampler(ROWS)
+
+
+ROWS = [{"x": torch.randn(12), "labels": torch.tensor(i % 3)} for i in range(24)]
+
+
+def trainer(
+    folder: Path, schedule: Any, seed: int = 42, callbacks: list[Any] | None = None, **options: Any
+) -> tuple[Trainer, PeftModel]:
+    """Two epochs of three steps of two micro-batches, with dropout, and a checkpoint after each step."""
     torch.manual_seed(0)
-    model = get_peft_model(Classifier(), config(target_modules=["net.0", "net.2"], modules_to_save=["net.4"]))
-    data = [{"x": torch.randn(12), "labels": torch.tensor(i % 3)} for i in range(16)]
-    callback = ResampleScaffoldCallback(schedule)
+    options = {"save_strategy": "steps", "save_steps": 1, **options}
+    targets: dict[str, Any] = {"target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
+    model = get_peft_model(Classifier(), config(seed=seed, adapter_seed=5, lora_dropout=0.1, **targets))
     args = TrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         num_train_epochs=2,
+        learning_rate=1e-2,
+        logging_steps=1,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
+        **options,
     )
-    Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()  # type: ignore[arg-type]
-    assert callback.resampler is not None and callback.resampler.drawn == draws
+    callbacks = [ResampleScaffoldCallback(schedule)] if callbacks is None else callbacks
+    data: dict[str, Any] = {"train_dataset": ROWS, "eval_dataset": ROWS}
+    return InOrder(model=model, args=args, **data, callbacks=callbacks), model
+
+
+def losses(made: Trainer) -> list[float]:
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+
+def callback_of(made: Trainer) -> ResampleScaffoldCallback:
+    (found,) = [c for c in made.callback_handler.callbacks if isinstance(c, ResampleScaffoldCallback)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "draws", "restore"),
+    [("epoch", 2, False), ("step", 6, False), ("micro_batch", 12, False), ("epoch", 2, True)],
+)
+def test_resuming_is_going_on_to_the_bit(tmp_path: Path, schedule: Any, draws: int, restore: bool) -> None:
+    whole, model = trainer(tmp_path / "whole", schedule)
+    whole.train()
+    resampler = callback_of(whole).resampler
+    assert resampler is not None and resampler.state_dict() == {"seed": 42, "drawn": draws}
     model.verify_scaffold(full=True)
+    for step in (2, 3, 4):  # within an epoch, at its end, within the next
+        options = {"restore_callback_states_from_checkpoint": restore}
+        resumed, other = trainer(tmp_path / f"resumed-{step}", schedule, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert losses(resumed) == losses(whole) and len(losses(whole)) == 6
+        resampler = callback_of(resumed).resampler
+        assert resampler is not None and resampler.state_dict() == {"seed": 42, "drawn": draws}
+        other.verify_scaffold(full=True)
+        assert other.get_plan().seed == model.get_plan().seed
+        first, second = model.state_dict(), other.state_dict()
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+        with pytest.raises(ValueError, match="Nothing was loaded"):  # as ever, once it has started
+            other.load_adapter(tmp_path / "whole" / "checkpoint-1", "default")
+
+
+def test_what_cannot_be_resumed(tmp_path: Path) -> None:
+    trainer(tmp_path / "with", "step")[0].train()
+    trainer(tmp_path / "without", "step", callbacks=[])[0].train()
+    message = "was not made with one ResampleScaffoldCallback of schedule='{}' and seed={}, but with .* LottaLoraConfig"
+    for folder, schedule, seed in (("without", "step", 42), ("with", "epoch", 42), ("with", "step", 7)):
+        resumed, _ = trainer(tmp_path / "resumed", schedule, seed)
+        checkpoint = tmp_path / folder / "checkpoint-2"
+        with pytest.raises(ValueError, match=message.format(schedule, seed)):
+            resumed.train(resume_from_checkpoint=str(checkpoint))
+    resumed, model = trainer(tmp_path / "resumed", "step", callbacks=[])
+    with pytest.raises(ValueError, match=r"belongs to seed \d+, this model's scaffold is drawn from seed 42"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "with" / "checkpoint-2"))
+    model.verify_scaffold(full=True)
+
+
+def test_the_best_model_is_refused_at_the_start(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    message = "load_best_model_at_end=True does not go with ResampleScaffoldCallback"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, "step", **options)
+    late, _ = trainer(tmp_path, "step", callbacks=[], **options)
+    late.add_callback(ResampleScaffoldCallback("step"))
+    with pytest.raises(ValueError, match=message):
+        late.train()
+    with pytest.raises(ValueError, match="Expected a PeftModel with a LottaLoRA adapter, got Classifier"):
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+        Trainer(model=Classifier(), args=args, callbacks=[ResampleScaffoldCallback("step")])
+
+
+def test_a_loop_of_ones_own_goes_on_where_it_was() -> None:
+    model, *_ = model_and_batch()
+    resampler = ScaffoldResampler(model, "epoch")
+    start = resampler.state_dict()
+    seeds = [resampler.resample() for _ in range(3)]
+    other, *_ = model_and_batch()
+    again = ScaffoldResampler(other, "epoch")
+    again.load_state_dict({"seed": 42, "drawn": 2})
+    assert other.get_plan().seed == seeds[1]
+    assert again.resample() == seeds[2] and again.state_dict() == resampler.state_dict()
+    again.load_state_dict(start)
+    assert other.get_plan().seed == 42 and again.resample() == seeds[0]
+    other.verify_scaffold(full=True)
 
 
 def test_bad_schedules() -> None:

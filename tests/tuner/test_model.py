@@ -300,4 +300,4 @@ def test_the_usual_things_one_does_with_a_peft_model(embeddings: str) -> None:
     assert model.get_model_status().enabled and model.get_model_status().active_adapters == ["default"]
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
     assert model.generate(ids(), max_new_tokens=2, do_sample=False).shape == (2, 9)
-    assert repr(model.base_model.model.model.layers[0].self_attn.q_proj).startswith("lottalora.ScaffoldLinear(")
+    assert repr(model.base_model.model.model.layers[0].self_attn.q_proj).startswith("lottalora.Linear(32 -> 32, ")

@@ -41,12 +41,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def base() -> LlamaForCausalLM:
-    return llama(pad_token_id=0)  # as the tokenizer says
+def base(tied: bool = True) -> LlamaForCausalLM:
+    return llama(pad_token_id=0, tie_word_embeddings=tied)  # padding as the tokenizer says
 
 
-def trained(**options: Any) -> PeftModel:
-    model = get_peft_model(base(), config(**options, task_type="CAUSAL_LM"))
+def trained(tied: bool = True, **options: Any) -> PeftModel:
+    model = get_peft_model(base(tied), config(**options, task_type="CAUSAL_LM"))
     perturb(model)
     return model
 
@@ -101,6 +101,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "DoRA, decayed": {"use_dora": True, "decay_beta": True},
     "layer norm, frozen beta": {"layer_norm": True, "train_beta": False},
     "frozen embeddings": {"embeddings": "frozen"},
+    "adapted embeddings, untied": {"tied": False, "embeddings": "lora", "r": 1},
     "kept": {"redraw": "none", "save_kept": True},
     "packed": {"family": "binary", "residency": "packed"},
 }

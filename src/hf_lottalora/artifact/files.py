@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,7 @@ def check_artifact_files(
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a readable safetensors file; it may be truncated ({error}).") from error
     content = read_manifest(tensor, weights)
-    file = locate(path, "config.json", subfolder, **hub)
-    config._artifact_architecture = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    config._artifact_architecture = locate(path, "config.json", subfolder, **hub)
     if content["seed"] != config.seed:
         raise ValueError(
             f"{weights} belongs to seed {content['seed']}, but the adapter_config.json beside it says {config.seed}. "

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ..tuner.model import tuner_of
 from ..tuner.progress import silent
@@ -61,12 +62,28 @@ class ScaffoldResampler:
 
     def resample(self) -> int:
         """Draw the next scaffold; returns its seed."""
-        self.drawn += 1
-        message = struct.pack("<QQ", self.seed, self.drawn)
-        seed = int.from_bytes(hashlib.blake2b(message, digest_size=8, person=b"resampling").digest(), "little")
+        seed = self._seed_of(self.drawn + 1)
         with silent():  # the training loop has a bar of its own
             self.tuner.set_scaffold_seed(seed)
+        self.drawn += 1
         return seed
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it is in its sequence: the first seed, and how many scaffolds were drawn since."""
+        return {"seed": self.seed, "drawn": self.drawn}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where another one was: the model gets the scaffold that was drawn last, if it has not got it."""
+        self.seed, self.drawn = state["seed"], state["drawn"]
+        seed = self._seed_of(self.drawn)
+        if self.tuner.first_plan.seed != seed:
+            self.tuner.set_scaffold_seed(seed)
+
+    def _seed_of(self, number: int) -> int:
+        if number == 0:
+            return self.seed
+        message = struct.pack("<QQ", self.seed, number)
+        return int.from_bytes(hashlib.blake2b(message, digest_size=8, person=b"resampling").digest(), "little")
 
     def start_epoch(self) -> None:
         """A new scaffold where the schedule says "epoch"."""
@@ -105,18 +122,22 @@ class ScaffoldResampler:
         return total
 
 
-class ResampleScaffoldCallback(TrainerCallback):
+class ResampleScaffoldCallback(TrainerCallback, ExportableState):
     """The same for `transformers.Trainer`: a new scaffold per epoch, per step, or per micro-batch.
 
     "micro_batch" draws for each forward pass, `gradient_accumulation_steps` of them per step. To accumulate gradients
-    of the *same* batch over several scaffolds, use `ScaffoldResampler` in a loop of your own. A checkpoint has the seed
-    of its moment, and loads into a model of that seed only: leave `load_best_model_at_end` off.
+    of the *same* batch over several scaffolds, use `ScaffoldResampler` in a loop of your own.
+
+    A checkpoint has the scaffold of its moment. `trainer.train(resume_from_checkpoint=...)` goes on with it, and with
+    the sequence of seeds, to the bit; for that, pass the callback to `Trainer(callbacks=[...])`, over a model that is
+    built from the same first seed. Only the last scaffold is left at the end, so there is no best model to load.
 
     Args:
         schedule: "epoch", "step" or "micro_batch".
 
     Raises:
-        ValueError: an unknown schedule.
+        ValueError: an unknown schedule. When the Trainer is made, or starts: `load_best_model_at_end`, a model without
+            a LottaLoRA adapter, or a checkpoint that was made without this callback or over another first seed.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -124,14 +145,44 @@ class ResampleScaffoldCallback(TrainerCallback):
             raise ValueError(f"schedule must be one of {list(get_args(Schedule))}, got {schedule!r}.")
         self.schedule = schedule
         self.resampler: ScaffoldResampler | None = None
+        self._begun = False  # whether the epoch that is about to begin has its scaffold: resumed within it
+
+    def state(self) -> dict[str, Any]:
+        """Called by Trainer, which keeps it in a checkpoint's trainer_state.json."""
+        state = {} if self.resampler is None else self.resampler.state_dict()
+        return {"args": {"schedule": self.schedule}, "attributes": {"resumed": state}}
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Called by Trainer: from here on a checkpoint may be loaded that has another of the sequence's scaffolds."""
+        self._check(args)
+        tuner_of(model).follows_checkpoints = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Called by Trainer."""
+        """Called by Trainer, after a checkpoint was loaded."""
+        self._check(args)
+        tuner = tuner_of(model)
+        first, tuner.follows_checkpoints = tuner.followed_from, False
         self.resampler = ScaffoldResampler(model, self.schedule)
+        self._begun = False
+        if not state.global_step:
+            return
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        found = stored["attributes"]["resumed"] if isinstance(stored, dict) else {}
+        if not found or stored["args"]["schedule"] != self.schedule or first not in (None, found["seed"]):
+            here = f"schedule={self.schedule!r} and seed={self.resampler.seed if first is None else first}"
+            raise ValueError(
+                f"The checkpoint was not made with one ResampleScaffoldCallback of {here}, but with {stored}: its "
+                "sequence of scaffolds cannot be gone on with. Use the same callback and LottaLoraConfig(seed=...), or "
+                "train from the start."
+            )
+        self.resampler.load_state_dict(found)
+        self._begun = bool(state.epoch % 1)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by Trainer."""
-        self._resample("epoch")
+        """Called by Trainer, also for an epoch that it resumes within."""
+        if not self._begun:
+            self._resample("epoch")
+        self._begun = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by Trainer, before the first micro-batch."""
@@ -140,6 +191,14 @@ class ResampleScaffoldCallback(TrainerCallback):
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by Trainer, between micro-batches."""
         self._resample("micro_batch")
+
+    def _check(self, args: Any) -> None:
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True does not go with ResampleScaffoldCallback: each checkpoint has the "
+                "scaffold of its moment, so that not what was trained alone is compared. Pass "
+                "load_best_model_at_end=False."
+            )
 
     def _resample(self, *schedules: Schedule) -> None:
         if self.resampler is not None and self.schedule in schedules:

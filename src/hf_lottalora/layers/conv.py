@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import _ConvNd
 from torch import nn
+from torch.func import functional_call
 
 from .functional import ScaledConv, matmul_dtype
 from .layer import ScaffoldLayer
@@ -31,10 +32,18 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """As PEFT's, but A has the groups, dilation and padding mode of the layer too."""
-        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
         base = self.get_base_layer()
+        # PEFT builds A and B by the layer's class, and a subclass may take other arguments.
+        kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(base, kind))
+        plain: Any = kind.__new__(kind)
+        plain.__dict__ = base.__dict__
+        self._modules["base_layer"] = plain
+        try:
+            super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+        finally:
+            self._modules["base_layer"] = base
         options = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-        A = type(base)(base.in_channels, r, base.kernel_size, bias=False, **options)
+        A = kind(base.in_channels, r, base.kernel_size, bias=False, **options)
         self.lora_A[adapter_name] = A.to(self.lora_B[adapter_name].weight.dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -44,7 +53,12 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
         A, B = A.reshape(base.groups, -1, A[0].numel()), B.reshape(base.groups, -1, B[0].numel())
         return (B @ A).reshape(base.weight.shape)
 
-    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+    def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.own_forward:  # with whatever padding: linear in the kernel
+            base = self.get_base_layer()
+            kernel = self._kernel(adapters).to(base.weight.dtype)
+            adapted: torch.Tensor = functional_call(base, {"weight": kernel}, (x, *args), kwargs)
+            return adapted
         x = x.to(matmul_dtype(x))
         dropout = self.training and any(not isinstance(self.lora_dropout[name], nn.Identity) for name in adapters)
         if self._magnitude_is_per_input(adapters[0]) or (not dropout and self._one_kernel_is_cheaper(adapters)):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from ..residency.foreign import is_foreign, values_of
 from ..residency.virtual_operations import few_rows_product
 
 
@@ -84,7 +85,7 @@ class ScaledLinear(torch.autograd.Function):
             x_NI: Any = None if x is None else x.reshape(-1, x.shape[-1])
             g_NO = grad.reshape(-1, grad.shape[-1])
             if need_x or need_beta:
-                dx = g_NO @ _as_OI(weight, ctx.weight_is_IO, dtype)  # W^T g, before beta
+                dx = g_NO @ values_of(_as_OI(weight, ctx.weight_is_IO, dtype), dtype)  # W^T g, before beta
             if need_beta:
                 exact = torch.promote_types(dtype, torch.float32)
                 dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
@@ -214,4 +215,5 @@ def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torc
 
 def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # A weight is cast only where autocast would cast it; otherwise a mismatch is the caller's error, as in nn.Linear.
-    return weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) else weight
+    # What is quantised brings a product of its own.
+    return weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) and not is_foreign(weight) else weight

@@ -20,7 +20,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import LottaLoraConfig
+from ..residency.foreign import in_memory, is_foreign, values_of
 from ..scaffold.tensor import ScaffoldTensor
+from .description import described
 from .functional import without_autocast
 
 # Trainer decides by names alone (`get_decay_parameter_names`): it decays no bias and no norm. And these are norms: a
@@ -60,6 +62,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     # How the base weight was drawn; None where a pretrained weight was kept.
     scaffold: ScaffoldTensor | None = None
+    # Whether the base layer computes its output by code of its own, which the adapter goes around.
+    own_forward = False
     # The base weight while adapters are merged into its place, where it cannot be drawn again: a pretrained one that
     # was kept, or a drawn one that a cast to a smaller dtype has rounded.
     _unmerged_weight: torch.Tensor | None = None
@@ -93,11 +97,12 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's leaves the dtype of what is on the meta device, and rounds to the base layer's dtype what
-        # low_cpu_mem_usage has just read from a file; of those in a ParameterDict it makes new, trainable ones.
-        W = self.get_base_layer().weight
-        dtype = None if adapter_name in self._made else W.dtype
+        # low_cpu_mem_usage has just read from a file; of an embedding's A and B it makes new, trainable ones.
+        with in_memory(self.get_base_layer()):
+            W = self.get_base_layer().weight
+        dtype, device = None if adapter_name in self._made else W.dtype, device or W.device
         for tensor in self.adapter_parameters(adapter_name):
-            tensor.data = tensor.data.to("meta" if tensor.is_meta else device or W.device, dtype)
+            tensor.data = tensor.data.to("meta" if tensor.is_meta else device, dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; all that is kept here per adapter goes with it."""
@@ -155,7 +160,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             with torch.no_grad():
                 tensor.copy_(spec.draw(tensor.dtype, tensor.device))
         if adapter_name in self.lora_magnitude:
-            self.lora_magnitude[adapter_name].value.data.copy_(self._norms(adapter_name))
+            with in_memory(self):
+                self.lora_magnitude[adapter_name].value.data.copy_(self._norms(adapter_name))
 
     def _active(self) -> list[str]:
         adapters = [name for name in self.active_adapters if name in self.lora_beta]
@@ -172,9 +178,9 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         """The base weight without any adapter, in the dtype it is held in: drawn again, or the kept one."""
         weight = self.get_base_layer().weight
         if not self.merged:
-            return weight.detach()
+            return values_of(weight.detach())
         if self._unmerged_weight is not None:
-            return self._unmerged_weight
+            return values_of(self._unmerged_weight)
         if self.scaffold is None:
             raise RuntimeError("The weight under a merged adapter is gone; load the base model again.")
         return self.scaffold.draw(weight.dtype, weight.device)
@@ -294,8 +300,8 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         """W <- beta W + scaling * B A, summed in float32 and rounded once.
 
         Raises:
-            ValueError: an adapter has a LayerNorm, several do not add up, or with `safe_merge` the merged weight is not
-                finite; nothing was changed.
+            ValueError: an adapter has a LayerNorm, several do not add up, the weight is of a class that PEFT cannot
+                quantise again, or with `safe_merge` the merged weight is not finite; nothing was changed.
         """
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_beta]
         if not adapters:
@@ -304,6 +310,12 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if any(name in self.lora_norm_weight for name in adapters):
             raise ValueError(f"Adapters {adapters} have a LayerNorm after the layer, which no weight can contain.")
         weight = self.get_base_layer().weight
+        quantised = is_foreign(weight)
+        if quantised and self.quantization_backend is None:
+            raise ValueError(
+                f"The base weight is a {type(weight).__name__}, and nothing says how to quantise what is merged. Load "
+                "the base model with transformers' quantization_config (torchao), or without quantisation."
+            )
         original = self.original_weight()
         exact = torch.promote_types(original.dtype, torch.float32)
         merged = original.to(exact)
@@ -312,9 +324,12 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
         if not self.merged and not (self.scaffold is not None and self.scaffold.is_in(original)):
-            self._unmerged_weight = original.clone()
-        with torch.no_grad():  # not by way of .data: the backward pass of an earlier forward pass must be an error
-            weight.copy_(merged)
+            self._unmerged_weight = weight.detach() if quantised else original.clone()
+        if quantised:
+            self.set_base_weight(nn.Parameter(merged.to(weight.dtype), requires_grad=False))
+        else:
+            with torch.no_grad():  # not by way of .data: the backward pass of an earlier forward pass must be an error
+                weight.copy_(merged)
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
@@ -322,8 +337,11 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if not self.merged:
             super().unmerge()  # warns
             return
-        with torch.no_grad():
-            self.get_base_layer().weight.copy_(self.original_weight())
+        if self._unmerged_weight is not None and is_foreign(self._unmerged_weight):
+            self.get_base_layer().weight = nn.Parameter(self._unmerged_weight, requires_grad=False)
+        else:
+            with torch.no_grad():
+                self.get_base_layer().weight.copy_(self.original_weight())
         self.merged_adapters.clear()
         self._unmerged_weight = None
 
@@ -333,7 +351,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         result = self.base_layer(x, *args, **kwargs)
         for name in set(adapter_names) & set(self.lora_beta.keys()):
             rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
-            result[rows] = self._adapted(x[rows], [name]).to(result.dtype)
+            result[rows] = self._in_memory(x[rows], [name], *args, **kwargs).to(result.dtype)
         return result
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -349,14 +367,21 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
         if self.disable_adapters or self.merged or not active:
             result: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        return self._adapted(x, active)
+        return self._in_memory(x, active, *args, **kwargs)
+
+    def _in_memory(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not hasattr(self.get_base_layer(), "_hf_hook"):
+            return self._adapted(x, adapters, *args, **kwargs)
+        with in_memory(self):  # Accelerate's hook is for calls of the base layer, and its weight is read without
+            return self._adapted(x, adapters, *args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"lottalora.{nn.Module.__repr__(self)}"  # type: ignore[arg-type]
+        return described(self)
 
     @property
     def _weight_is_IO(self) -> bool:
         return isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
 
-    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+    def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output with these adapters; further arguments are for a base layer with a forward of its own."""
         raise NotImplementedError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
@@ -12,9 +14,9 @@ from .layer import ScaffoldLayer
 
 
 class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
-    """LottaLoRA over `nn.Linear` or transformers' `Conv1D`."""
+    """LottaLoRA over `nn.Linear` or transformers' `Conv1D`, and around subclasses that compute the same their way."""
 
-    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+    def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
         x_adapted = x = x.to(matmul_dtype(x))
         per_input = self._magnitude_is_per_input(adapters[0])
@@ -28,7 +30,15 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
         # DoRA's factor per output is for what comes before the bias.
         late_bias = base.bias if adapters[0] in self.lora_magnitude and not per_input else None
         bias = None if late_bias is not None else base.bias
-        y: torch.Tensor = ScaledLinear.apply(x_adapted, base.weight, bias, beta, A, B, scaling, self._weight_is_IO)
+        y: torch.Tensor
+        if self.own_forward:
+            # f(beta x) is beta f(x), bias aside. It keeps x, as A does; beta f(x) would keep f(x).
+            y = base((x_adapted * beta).to(x.dtype), *args, **kwargs)
+            if A is not None and B is not None:
+                y = y + F.linear(F.linear(x_adapted, A.to(x.dtype)), B.to(x.dtype)) * scaling
+            y = y if late_bias is None else y - late_bias
+        else:
+            y = ScaledLinear.apply(x_adapted, base.weight, bias, beta, A, B, scaling, self._weight_is_IO)
         for name in dropped:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
             y = y + F.linear(F.linear(self.lora_dropout[name](x_adapted), A), B) * self.scaling[name]

@@ -71,6 +71,7 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> t
     if embedding is not None and not under(embedding.path, extra):
         adapters.append(embedding)
         if survey.tied_tensor is not None:
+            _check_tied_head(survey)
             adapters = [a for a in adapters if a.path != survey.output_embeddings]
             adapters.append(replace(embedding, path=str(survey.output_embeddings), kind="tied_head"))
     return adapters, Targets(chosen, targets.rule)
@@ -99,14 +100,24 @@ def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapte
     return adapter if adapter.numel < module.in_features * module.out_features else None
 
 
+def _check_tied_head(survey: Survey) -> None:
+    head = next((m for m in survey.modules if m.path == survey.output_embeddings), None)
+    if head is not None and head.reason:
+        raise ValueError(
+            f"embeddings='lora' would adapt the head {head.path!r} with the tied embedding, but it is a "
+            f"{head.type_name}{_whose_forward(head)}. Pass embeddings='train' or 'frozen'."
+        )
+
+
 def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> PlannedAdapter:
     if module.kind not in kinds:
         hint = "pass embeddings='lora' instead" if module.kind == "embedding" else "leave it out of target_modules"
         if module.type_name == "NonDynamicallyQuantizableLinear":
             hint = "it is part of an nn.MultiheadAttention: name that"
         raise ValueError(
-            f"target_modules matches {module.path!r}, a {module.type_name}. Adapters go on nn.Linear, Conv1D, "
-            f"nn.Conv1d, 2d, 3d and nn.MultiheadAttention, not on classes that compute something else; {hint}."
+            f"target_modules matches {module.path!r}, a {module.type_name}{_whose_forward(module)}. Adapters go on "
+            "nn.Linear, Conv1D, nn.Conv1d, 2d, 3d and nn.MultiheadAttention, not on classes that compute something "
+            f"else; {hint}."
         )
     rank: int = by_pattern(config, "rank_pattern", module.path, config.r)
     alpha: float = by_pattern(config, "alpha_pattern", module.path, config.lora_alpha)
@@ -115,6 +126,11 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
         raise ValueError(
             f"{module.path!r} is a convolution with groups={module.groups}: its rank must be a multiple of that, got "
             f"r={rank}. Pass rank_pattern for it, or leave it out of target_modules."
+        )
+    if module.kind == "conv" and module.own_forward and (config.residual or config.lora_dropout):
+        raise ValueError(
+            f"{'residual' if config.residual else 'lora_dropout'} is not supported on convolutions with a forward of "
+            f"their own, and {module.path!r}, a {module.type_name}, is one."
         )
     if module.kind == "conv" and config.layer_norm:
         raise ValueError(f"layer_norm is not supported on convolutions, and {module.path!r} is one.")
@@ -126,7 +142,8 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
     sizes = (module.in_features, module.out_features, rank, scaling, module.kernel, module.groups)
     kind = cast(AdapterKind, module.kind)
     beta: bool = by_pattern(config, "train_beta_pattern", module.path, config.train_beta)
-    adapter = PlannedAdapter(module.path, kind, *sizes, beta, dora, config.layer_norm, config.residual)
+    options = (beta, dora, config.layer_norm, config.residual)
+    adapter = PlannedAdapter(module.path, kind, *sizes, *options, own_forward=module.own_forward)
     largest = max(map(math.prod, adapter.shapes.values()))
     if largest > _LARGEST:
         option = "rank_pattern" if rank != config.r else "r"
@@ -135,6 +152,10 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig, *kinds: str) -> Pl
             f"{_LARGEST:,}. No rank above {min(module.in_features, module.out_features)} adds anything there."
         )
     return adapter
+
+
+def _whose_forward(module: SurveyedModule) -> str:
+    return f", whose forward {module.reason}" if module.reason else ""
 
 
 def _adapters(module: SurveyedModule, config: LottaLoraConfig) -> Iterator[PlannedAdapter]:

@@ -101,6 +101,9 @@ def architecture_init(model: nn.Module, matrices: set[int]) -> dict[int, Initial
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone()
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):  # Accelerate's: it may hold all weights that are offloaded
+            memo[id(module._hf_hook)] = module._hf_hook
     twins = [memo[id(tensor)] for tensor in live]
     twin = copy.deepcopy(model, memo)
 

@@ -73,6 +73,7 @@ class PlannedAdapter:
     """A, B, beta and their options over one module; a tied head shares those of the input embedding.
 
     For one of several matrices of a module, `matrix` is its path there, and the adapter's own lies below the module's.
+    With `own_forward` they go around the code of a subclass, see `plan.probe`.
     """
 
     path: str
@@ -87,6 +88,7 @@ class PlannedAdapter:
     dora: Magnitude | None = None
     layer_norm: bool = False
     residual: bool = False
+    own_forward: bool = False
     matrix: str = ""
 
     @property

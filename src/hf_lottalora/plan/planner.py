@@ -17,9 +17,11 @@ from ..scaffold.matrix_families import TRANSFORMS
 from ..scaffold.scales import scale_of
 from ..scaffold.tensor import ScaffoldTensor
 from .adapter_planner import ADAPTED_HEADS, plan_adapters
+from .canonical import first_change, read_back
 from .patterns import by_pattern, parents, under
 from .plan import Plan, PlannedTensor, Role
 from .survey import Survey, SurveyedTensor, survey_model
+from .targets import near
 
 # PEFT's task classes append these to modules_to_save whether the model has them or not.
 _PEFT_HEADS = {"classifier", "score", "qa_outputs"}
@@ -78,11 +80,24 @@ def _plan_tensor(
                 "without quantisation (a scaffold needs no stored weights), or pass redraw='none'."
             )
         spec = _scaffold_spec(tensor, survey, config)
-        return PlannedTensor(tensor, role, spec, None, saved=False)
+        return PlannedTensor(tensor, _checked_role(tensor, role), spec, None, saved=False)
     base = _own_init(tensor, survey, config.seed or 0) if config.redraw == "all" else None
     start = _own_init(tensor, survey, config.effective_adapter_seed) if config.redraw == "all" else None
     saved = role == "trained" or config.redraw == "all" or config.save_kept
-    return PlannedTensor(tensor, role, base, start, saved)
+    return PlannedTensor(tensor, _checked_role(tensor, role, saved), base, start, saved)
+
+
+def _checked_role(tensor: SurveyedTensor, role: Role, saved: bool = False) -> Role:
+    """The role, if a tensor that something else holds can have it: such a one can only be kept, where it is."""
+    if tensor.held is not None and (role != "kept" or saved):
+        what = "saved" if role == "kept" else {"scaffold": "drawn over", "trained": "trained"}[role]
+        hint = {
+            "kept": "Leave save_kept=False, which needs redraw='none' or 'targets'",
+            "scaffold": "Load the model in memory without quantisation, or pass redraw='none'",
+            "trained": "Load it in memory without quantisation, or pass embeddings, norms='frozen', head='lora'",
+        }[role]
+        raise ValueError(f"{tensor.path!r} is {tensor.held}, and cannot be {what}. {hint}.")
+    return role
 
 
 def _with_norm_of_direction(tensor: PlannedTensor, planned: list[PlannedTensor]) -> PlannedTensor:
@@ -131,7 +146,8 @@ def _check_patterns(plan: Plan, config: LottaLoraConfig) -> None:
             if not any(get_pattern_key([key], path) == key for path in paths):
                 what = "adapted" if name == "train_beta_pattern" else "drawn"
                 raise ValueError(
-                    f"{name} has the key {key!r}, which matches no {what} module. See print(make_plan(...))."
+                    f"{name} has the key {key!r}, which matches no {what} module{near(key, paths)}. See "
+                    "print(make_plan(...))."
                 )
 
 
@@ -186,7 +202,8 @@ def _modules_to_save(survey: Survey, config: LottaLoraConfig) -> set[str]:
         matches = {path for path in paths if path == name or path.endswith(f".{name}")}
         if not matches and name not in _PEFT_HEADS:
             raise ValueError(
-                f"modules_to_save names {name!r}, but {survey.class_name} has no such module or parameter."
+                f"modules_to_save names {name!r}, but {survey.class_name} has no such module or parameter"
+                f"{near(name, paths)}."
             )
         found |= matches
     return found
@@ -210,7 +227,16 @@ def _check_tied_options(survey: Survey, config: LottaLoraConfig, extra: set[str]
 
 def warn_of_losses(plan: Plan, config: LottaLoraConfig) -> None:
     """Say once what a user may not expect: loaded weights are drawn over, or values are nobody's to make again."""
-    redraw = config.redraw
+    redraw, architecture = config.redraw, plan.survey.architecture
+    if architecture is not None and (change := first_change(read_back(architecture), architecture)):
+        key, back, given = change
+        warnings.warn(
+            f"A config.json cannot hold {key}={given!r} of this {type(architecture).__name__}: it comes back as "
+            f"{back!r}. The artifact will load over a base model that is built as this one was "
+            "(PeftModel.from_pretrained), but our Auto classes would build another. Set it to a value that comes back.",
+            UserWarning,
+            stacklevel=2,
+        )
     arbitrary = [tensor.path for tensor in plan.with_role("kept") if tensor.survey.arbitrary and redraw == "all"]
     if arbitrary:
         warnings.warn(

@@ -53,7 +53,8 @@ class Reported:
                 and how a trained copy starts. These are None for as it is, "constant" for the architecture's own, or
                 the draw: seed, family, scale (standard deviation), zero_row (padding), stacked (matrices in it).
             adapters: each with path, kind, r, scaling, in_features, out_features, kernel, groups, train_beta, dora,
-                layer_norm, residual, shapes by name, parameters, dtype, bytes.
+                layer_norm, residual, own_forward (whether it goes around a subclass's own code), shapes by name,
+                parameters, dtype, bytes.
         """
         dtype = self.adapter_dtype()
         return {
@@ -118,6 +119,8 @@ class Reported:
                 label = f"{adapter.path} (A, B, beta)"
                 add("adapter", label, adapter.numel, adapter.numel * self.adapter_dtype().itemsize)
         share = self.trainable_parameters / self.total_parameters
+        around = [adapter.path for adapter in self.adapters if adapter.own_forward]
+        classes = sorted({module.type_name for module in self.survey.modules if module.path in around})
         return (
             f"LottaLoRA plan for {self.survey.class_name}, seed {self.seed}",
             [(*key, *row) for key, row in sorted(rows.items(), key=lambda row: row[0][0])],  # type: ignore[misc]
@@ -125,6 +128,10 @@ class Reported:
                 f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of "
                 f"which A, B and beta {self.adapter_parameters:,}",
                 f"adapters  on {len(self.targets)} layers ({self.rule})",
+                *(
+                    [f"forward   {len(around)} of them keep their own, and one output each: {', '.join(classes)}"]
+                    * bool(around)
+                ),
                 f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed",
             ],
         )
@@ -132,7 +139,7 @@ class Reported:
 
 _ADAPTER_OPTIONS = (
     "path", "kind", "r", "scaling", "in_features", "out_features", "groups", "train_beta", "dora", "layer_norm",
-    "residual",
+    "residual", "own_forward",
 )  # fmt: skip
 
 

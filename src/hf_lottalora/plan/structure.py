@@ -27,7 +27,7 @@ _CHOOSES = re.compile(r"\btopk\(")  # routers and indexers: what they choose has
 _FEEDS_FORWARD = re.compile(r"(mlp|feed_?forward|ffn)(block|layer)?$", re.IGNORECASE)
 # What lies in an attention module and is no projection of tokens: positions, biases and kernels made by small networks,
 # routers, and adapters that an architecture brings itself.
-_NO_PROJECTION = re.compile(
+NO_PROJECTION = re.compile(
     r"(^|[._])(pos|rel|relative|position|positional|router|indexer|adapters?|lora|kernel)([._]|$)|rel_pos|cpb_mlp",
     re.IGNORECASE,
 )
@@ -65,7 +65,7 @@ def _projections(module: nn.Module, path: str = "") -> Iterator[str]:
         below = f"{path}.{name}" if path else name
         kind: Any = type(child)
         chooses = _CHOOSES.search(_source(kind)) and not _ATTENDS.search(kind.__name__)
-        if not (chooses or _NO_PROJECTION.search(name) or _FEEDS_FORWARD.search(kind.__name__)):
+        if not (chooses or NO_PROJECTION.search(name) or _FEEDS_FORWARD.search(kind.__name__)):
             yield below
             yield from _projections(child, below)
 

@@ -20,13 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..layers.attention import projections
 from ..paths import clean_modules, owner_of
+from ..residency.foreign import OFFLOADED, foreign_tensors
 from .bases import check_unwrapped
 from .initialization import InitialValue, architecture_init
+from .probe import CONVOLUTIONS, has_own_forward, why_not_around
 from .structure import token_projections, weights_read
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "parameter", "buffer"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
@@ -51,6 +52,7 @@ class SurveyedTensor:
         zero_row: padding row of an embedding.
         arbitrary: whether it is a parameter that no init code sets, and not one constant either: its values are
             whatever the module was built with.
+        held: what holds it, in words, where nothing can be drawn into it: see `foreign_tensors`.
     """
 
     path: str
@@ -68,6 +70,7 @@ class SurveyedTensor:
     stacked: int = 1
     zero_row: int | None = None
     arbitrary: bool = False
+    held: str | None = None
 
     @property
     def numel(self) -> int:
@@ -83,6 +86,8 @@ class SurveyedModule:
     adapter, which takes its place, would take one of them. A module above that is shared counts once. One that has
     several matrices has them in `matrices`: parameter below the module, outputs and inputs by name. `mixes_tokens` says
     whether it projects what attends, or mixes tokens otherwise; `is_read` whether its weight is read without a call.
+    Of a subclass that computes its output by code of its own (`own_forward`), `reason` is why no adapter goes around
+    that code, where the kind is "other" for it.
     """
 
     path: str
@@ -95,6 +100,8 @@ class SurveyedModule:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     matrices: Mapping[str, tuple[str, int, int]] = field(default_factory=dict, hash=False)
+    own_forward: bool = False
+    reason: str = ""
     mixes_tokens: bool = False
     is_read: bool = False
 
@@ -137,6 +144,13 @@ def survey_model(model: nn.Module) -> Survey:
         ValueError: two tensors would have the same canonical name, or a module is wrapped, see `check_unwrapped`.
     """
     check_unwrapped(model)
+    held = foreign_tensors(model)
+    input_embeddings = _embedding_module(model, "get_input_embeddings")
+    output_embeddings = _embedding_module(model, "get_output_embeddings")
+    # Accelerate's cpu_offload leaves two tensors on the meta device where there was a tied one.
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    ends = [getattr(module, "weight", None) for module in (output_embeddings, input_embeddings)]
+    same = {id(ends[0]): id(ends[1])} if tied and all(held.get(id(end)) == OFFLOADED for end in ends) else {}
     paths: dict[int, list[str]] = {}
     owners: dict[int, tuple[nn.Module, str]] = {}
     holders: dict[int, dict[tuple[int, str], str]] = {}
@@ -145,14 +159,13 @@ def survey_model(model: nn.Module) -> Survey:
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or (attribute in module._buffers and attribute not in persistent):
                 continue
+            key = same.get(id(tensor), id(tensor))
             path = f"{module_path}.{attribute}" if module_path else attribute
-            paths.setdefault(id(tensor), []).append(path)
-            owners.setdefault(id(tensor), (module, attribute))
-            holders.setdefault(id(tensor), {}).setdefault((id(module), attribute), path)
+            paths.setdefault(key, []).append(path)
+            owners.setdefault(key, (module, attribute))
+            holders.setdefault(key, {}).setdefault((id(module), attribute), path)
 
     names = {id(module): path for path, module in reversed(list(clean_modules(model)))}
-    input_embeddings = _embedding_module(model, "get_input_embeddings")
-    output_embeddings = _embedding_module(model, "get_output_embeddings")
     base_prefix = _base_prefix(model)
 
     def in_head(path: str) -> bool:
@@ -193,7 +206,8 @@ def survey_model(model: nn.Module) -> Survey:
                 tied_head=not in_head(path) and any(in_head(a) for a in aliases),
                 init=init[key],
                 **_fans(module, tensor),
-                arbitrary=kinds[key] != "matrix" and _is_arbitrary(tensor, init[key]),
+                arbitrary=kinds[key] != "matrix" and key not in held and _is_arbitrary(tensor, init[key]),
+                held=held.get(key),
                 zero_row=getattr(module, "padding_idx", None) if kinds[key] == "embedding" else None,
             )
         )
@@ -304,13 +318,19 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
         kernel: tuple[int, ...] = ()
         matrices: dict[str, tuple[str, int, int]] = {}
         sizes, groups = (0, 0), 1
+        own_forward, reason = False, None
         # nn.MultiheadAttention reads its output projection's weight past forward: the adapter is on the whole of it.
         past_forward = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not past_forward:
+        if isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)) and not past_forward:
+            own_forward = has_own_forward(module)
+            reason = why_not_around(module) if own_forward else None
+        if past_forward or reason is not None:
+            pass
+        elif isinstance(module, nn.Linear):
             kind, sizes = "linear", (shape[1], shape[0])
         elif isinstance(module, Conv1D):
             kind, sizes = "linear", (shape[0], shape[1])
-        elif isinstance(module, _CONVOLUTIONS) and type(module).forward in {c.forward for c in _CONVOLUTIONS}:
+        elif isinstance(module, CONVOLUTIONS):
             kind, sizes = "conv", (module.in_channels, module.out_channels)
             kernel, groups = tuple(module.kernel_size), module.groups
         elif isinstance(module, nn.Embedding) and _looks_up_ids(module):
@@ -321,15 +341,28 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
                 outputs, inputs = module.get_parameter(weight).shape
                 matrices[name] = (weight, outputs, inputs)
         where = tuple(places.get(id(module), (path,)))
-        head = in_head(f"{path}.weight")
-        said = (any(place in mixing for place in where), any(place in read for place in where))
-        yield SurveyedModule(path, where, kind, type(module).__name__, *sizes, head, kernel, groups, matrices, *said)
+        yield SurveyedModule(
+            path,
+            where,
+            kind,
+            type(module).__name__,
+            *sizes,
+            in_head(f"{path}.weight"),
+            kernel,
+            groups,
+            matrices,
+            own_forward,
+            reason or "",
+            mixes_tokens=any(place in mixing for place in where),
+            is_read=any(place in read for place in where),
+        )
 
 
 def _looks_up_ids(module: nn.Embedding) -> bool:
     # Some position tables take a mask and compute their own ids: an adapter beside them would see the mask. Those with
-    # an embed_scale only multiply.
-    return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    # an embed_scale only multiply, but where a second parameter stands in for some of the rows.
+    scales = hasattr(module, "embed_scale") and len(module._parameters) == 1
+    return type(module).forward is nn.Embedding.forward or scales
 
 
 def _initializer_range(config: Any) -> float:

@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from ..config import DefaultTargets, LottaLoraConfig
 from . import targets_0_1
 from .patterns import by_pattern
+from .structure import NO_PROJECTION
 from .survey import Survey, SurveyedModule
 
 # model_type -> names of the attention's projections (paper section 5). Where there is no row, structure decides.
@@ -76,7 +77,10 @@ def _default(survey: Survey, config: LottaLoraConfig) -> Targets:
     mixing = _paths(config, (m for m in usable if m.mixes_tokens and (m.kind != "conv" or set(m.kernel) == {1})))
     if mixing:
         return Targets(mixing, "by structure: projections of the modules that attend or mix tokens")
-    others = _paths(config, (m for m in usable if not _EMBEDS.search(m.path)))
+    others = _paths(
+        config,
+        (m for m in usable if not _EMBEDS.search(m.path) and not NO_PROJECTION.search(m.path.rpartition(".")[2])),
+    )
     return Targets(others, "by structure: nothing attends, so all linear layers and convolutions outside embeddings")
 
 

@@ -129,12 +129,34 @@ def _embedding(weight: torch.Tensor, ids: torch.Tensor, *args: Any, **kwargs: An
     return rows[inverse.to(rows.device)].view(*ids.shape, width)
 
 
+def _is_same(weight: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a weight that is not in memory would keep its values if it became the other tensor."""
+    if not isinstance(weight, VirtualWeight):
+        return False
+    if isinstance(other, VirtualWeight):
+        return all(getattr(weight, name) == getattr(other, name) for name in ("scaffold", "dtypes", "transposed"))
+    return other.shape == weight.shape and torch.equal(weight.dense(), other.to(weight.device, weight.dtype))
+
+
 def _copy(weight: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Nothing, where they are the same anyway."""
-    both = isinstance(weight, VirtualWeight) and isinstance(source, VirtualWeight)
-    names = ("scaffold", "dtypes", "transposed")
-    same = both and all(getattr(weight, name) == getattr(source, name) for name in names)
-    return weight if same else NotImplemented
+    return weight if _is_same(weight, source) else NotImplemented
+
+
+def _lerp(weight: torch.Tensor, end: torch.Tensor, share: Any) -> Any:
+    """Nothing, where a weight is averaged with itself."""
+    return weight if _is_same(weight, end) else NotImplemented
+
+
+def _foreach_lerp(weights: list[torch.Tensor], ends: list[torch.Tensor], share: Any) -> Any:
+    """As `torch.optim.swa_utils` averages models: a weight with itself is itself, the others move."""
+    moving = [at for at, (weight, end) in enumerate(zip(weights, ends, strict=True)) if not _is_same(weight, end)]
+    if any(isinstance(weights[at], VirtualWeight) for at in moving):
+        return NotImplemented
+    if moving:
+        shares = [share[at] for at in moving] if isinstance(share, (list, tuple)) else share
+        torch._foreach_lerp_([weights[at] for at in moving], [ends[at] for at in moving], shares)
+    return None
 
 
 def _select(weight: VirtualWeight, dim: int, index: int) -> Any:
@@ -148,6 +170,8 @@ def _select(weight: VirtualWeight, dim: int, index: int) -> Any:
 HANDLERS.update(
     {
         aten.copy_: _copy,
+        aten.lerp_: _lerp,
+        aten._foreach_lerp_: _foreach_lerp,
         aten.detach: _same,
         aten.alias: _same,
         aten.clone: _same,

@@ -237,6 +237,10 @@ def _rebuilt(*parts: Any) -> torch.Tensor:
     return nn.Parameter(weight, False) if is_parameter else weight
 
 
+# What a base model's own state dict pickles to, if it is saved without its tuner.
+torch.serialization.add_safe_globals([_rebuilt, ScaffoldTensor])
+
+
 def pack(scaffold: ScaffoldTensor, device: torch.device | str = "cpu") -> torch.Tensor:
     """All random words of a tensor, uint8 of shape `(bytes,)`: k bits per value, rounded up to whole words."""
     bits = get_family(scaffold.family).bits

@@ -16,6 +16,7 @@ import hashlib
 import math
 import os
 import struct
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, partial
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from .interrupts import uninterrupted
 
 FORMAT_VERSION = 1
 GENERATOR = "philox4x64-10"
@@ -180,12 +183,28 @@ def _in_parallel(work: Callable[..., None], jobs: list[tuple[Any, ...]], threads
             work(*job)
     else:
         left = iter(jobs)  # shared by the threads; a future for each job would cost more than a small block
+        begun: list[None] = []
+        ended: list[None] = []
 
-        def take(_: int) -> None:
-            for job in left:
-                work(*job)
+        def take() -> None:
+            begun.append(None)
+            try:
+                for job in left:
+                    work(*job)
+            finally:
+                ended.append(None)
 
-        list(_pool(os.getpid(), threads).map(take, range(threads)))
+        def idle() -> None:
+            list(left)  # nothing more for who begins later
+            while len(ended) < len(begun):
+                time.sleep(1e-4)
+
+        try:
+            for future in [_pool(os.getpid(), threads).submit(take) for _ in range(threads)]:
+                future.result()
+        except BaseException:  # the threads must end before what they fill is filled with something else
+            uninterrupted(idle)
+            raise
 
 
 @cache

@@ -12,7 +12,9 @@ from ..layers.attention import ScaffoldAttention
 from ..layers.layer import ScaffoldLayer
 from ..paths import clean_modules, owner_of
 from ..plan.plan import PREFIX, Plan, PlannedTensor
+from ..residency.foreign import foreign_tensors, in_memory, values_of
 from ..residency.forms import Residency, VirtualWeight, resident
+from ..residency.recipe import read_recipe
 from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
 from .progress import progress
 from .trained import TrainedTensors, check_shape
@@ -42,19 +44,21 @@ def check_loadable(model: nn.Module, plan: Plan) -> None:
     Raises:
         ValueError: a buffer is on the meta device, or a parameter there is neither drawn nor saved.
     """
+    held = foreign_tensors(model)
     for path, module in clean_modules(model):
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
+            if buffer is not None and buffer.is_meta and id(buffer) not in held:
                 raise ValueError(
                     f"Buffer '{path}.{name}' is on the meta device, and nothing here can compute it. Build the model "
                     "under accelerate.init_empty_weights(include_buffers=False) instead of torch.device('meta')."
                 )
     for tensor in plan.tensors:
         live = getattr(*owner_of(model, tensor.path))
-        if live.is_meta and tensor.base is None and not tensor.saved:
+        if live.is_meta and tensor.base is None and not tensor.saved and id(live) not in held:
             raise ValueError(
                 f"{tensor.path!r} is on the meta device and is neither drawn nor saved, so it has no value. Load the "
-                "base model's weights first, or pass redraw='all'."
+                "base model's weights first, or pass redraw='all'. (PeftModel.from_pretrained lets go of what is "
+                "offloaded to disk: get_peft_model, then set_peft_model_state_dict.)"
             )
 
 
@@ -75,7 +79,7 @@ def _materialise(model: nn.Module, plan: Plan, residency: Residency, done: Calla
             _replace(model, tensor, resident(tensor.base, residency, live.dtype, device))
             done(tensor.base.numel)
             continue
-        if live.is_meta:
+        if live.is_meta and tensor.survey.held is None:
             live = _replace(model, tensor, torch.empty(live.shape, dtype=live.dtype))
         if isinstance(tensor.base, ScaffoldTensor):
             draws[tensor.base] = live
@@ -171,7 +175,11 @@ class BaseTensors:
     def kept_digests(self, plan: Plan) -> dict[str, str]:
         """Digest by name of each kept tensor that the artifact does not contain."""
         unsaved = [tensor for tensor in plan.with_role("kept") if not tensor.saved]
-        return {tensor.name: sampled_digest(self.value(tensor.path)) for tensor in unsaved}
+        digests = {}
+        for tensor in unsaved:
+            with in_memory(owner_of(self.model, tensor.path)[0]):
+                digests[tensor.name] = sampled_digest(values_of(self.value(tensor.path)))
+        return digests
 
     def verify_unsaved(self, plan: Plan) -> None:
         """Before saving: what is not saved must be what the seed draws. A merged layer's weight is drawn again."""
@@ -190,8 +198,34 @@ class BaseTensors:
         if not (live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs)):
             raise ValueError(
                 f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
-                "merged into (see unmerge_adapter), or cast to a smaller dtype and back."
+                "merged into (see unmerge_adapter), averaged, or cast to a smaller dtype and back. "
+                f"set_scaffold_seed({spec.seed}) draws it again."
             )
+
+    def state_entry(self, path: str, spec: ScaffoldTensor, entry: torch.Tensor) -> torch.Tensor:
+        """What to load for an entry of a state dict, in whatever residency that was made: the same weight.
+
+        Raises:
+            ValueError: it is another weight.
+        """
+        live: torch.Tensor = getattr(*owner_of(self.model, path))
+        virtual = isinstance(live, VirtualWeight)
+        spec = live.scaffold if isinstance(live, VirtualWeight) else spec  # which scaffold_off exchanges
+        saved = read_recipe(entry)
+        if saved == spec:
+            return live if virtual or spec.is_in(live) else spec.draw(live.dtype, live.device)
+        if saved is None:
+            if entry.shape != live.shape:
+                return entry  # torch says so
+            if spec.is_in(entry):
+                return live if virtual else entry
+            if not virtual and torch.equal(entry.to(live.device, live.dtype), live):
+                return entry  # rounded alike
+        other = "other weights" if saved is None else f"{saved.name!r} of seed {saved.seed}, family {saved.family!r},"
+        raise ValueError(
+            f"The state dict has {other} where this model has {path!r} as {spec.name!r} of seed {spec.seed}, family "
+            f"{spec.family!r}. Nothing was loaded. Load it into a model with the same scaffold (see set_scaffold_seed)."
+        )
 
     def _merged_layer(self, path: str) -> ScaffoldLayer | None:
         owner, _, attribute = path.rpartition(".")

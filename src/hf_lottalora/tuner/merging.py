@@ -94,7 +94,7 @@ class Merging:
         self.trained.install(self.model, owner)
         try:
             unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
-        except Exception:
+        except BaseException:
             self._restore_residency()
             raise
         for module, attribute, value in self._unfused:

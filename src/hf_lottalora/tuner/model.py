@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TaskType
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +29,11 @@ from ..plan.initialization import PrivateRandomness
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan, saved_key
 from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
+from ..residency.foreign import in_memory, is_foreign
+from ..residency.forms import VirtualWeight
+from ..residency.recipe import recipe_of
+from ..scaffold.interrupts import uninterrupted
+from ..scaffold.tensor import ScaffoldTensor
 from .base_model import BaseTensors, check_loadable, materialise, other_dtypes
 from .merging import Merging
 from .progress import progress
@@ -83,6 +90,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         self.base = BaseTensors(model, self.trained)
         self._layers_disabled = False
         self._unfused: list[tuple[nn.Module, str, Any]] = []
+        self._frozen: list[torch.Tensor] = []  # while layers are disabled: what was not trained before
         self.plans: dict[str, Plan] = {}
 
     def inject_adapter(
@@ -175,6 +183,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     def _create_new_module(
         lora_config: LottaLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
+        requantise = {key: kwargs[key] for key in ("get_apply_tensor_subclass",) if key in kwargs}
         kwargs = {key: kwargs[key] for key in ("r", "lora_alpha", "target_name")}
         if isinstance(target, _ConvNd):
             return ScaffoldConv(target, adapter_name, config=lora_config, **kwargs)
@@ -183,8 +192,14 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         if isinstance(target, nn.Embedding):
             return ScaffoldEmbedding(target, adapter_name, config=lora_config, **kwargs)
         layer = ScaffoldLinear(target, adapter_name, config=lora_config, **kwargs)
+        if is_foreign(target.weight) and requantise:  # type: ignore[arg-type]
+            layer.quantization_backend = resolve_quantization_backend(target, **requantise)
         layer.fan_in_fan_out = layer.is_target_conv_1d_layer = isinstance(target, Conv1D)
         return layer
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        with in_memory(child):  # PEFT puts the adapter where the child is, which may be offloaded
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _finish_adapters(
         self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig, start: bool
@@ -198,6 +213,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                     setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))  # type: ignore[operator]
                 continue
             layer.scaffold = plan.scaffold.get(adapter.weight) or layer.scaffold
+            layer.own_forward = adapter.own_forward
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
             if start:
@@ -233,6 +249,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         owner = None if self._layers_disabled else self.trained.owner_among(names)
         self.trained.check_installable(self.model, owner)
+        self._frozen = []  # another choice since
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
@@ -240,12 +257,23 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         self.trained.check_installable(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
+        uninterrupted(lambda: self._switch_layers(enabled))
+
+    def _switch_layers(self, enabled: bool) -> None:
+        if not enabled and not self._layers_disabled:
+            layers = [module for module in self.model.modules() if isinstance(module, ScaffoldLayer)]
+            adapters = [p for layer in layers for name in layer.lora_beta for p in layer.adapter_parameters(name)]
+            trained = [p for name in self.plans for p in self.trained.parameters_of(self.model, name).values()]
+            self._frozen = [parameter for parameter in (*adapters, *trained) if not parameter.requires_grad]
         self._layers_disabled = not enabled
         super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._set_trained_grad(self.active_adapters, enabled)
         if enabled:
+            for parameter in self._frozen:  # PEFT trains whatever it enables
+                parameter.requires_grad_(False)
             self._restore_residency()  # a merged layer that ran while adapters were off has unmerged itself
+            self._frozen = []
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Enable or disable gradients on adapters and their trained tensors."""
@@ -265,7 +293,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                 parameter.requires_grad_(requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's makes new parameters of those in a ParameterDict, trainable ones: keep what was frozen frozen."""
+        """PEFT's makes new, trainable parameters of an embedding's A and B: keep what was frozen frozen."""
         layers = [layer for layer in self.model.modules() if isinstance(layer, ScaffoldLayer)]
         frozen = [[not p.requires_grad for p in layer.adapter_parameters(adapter_name)] for layer in layers]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -317,6 +345,25 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     # ---- saving and loading ---------------------------------------------------------------------------------------
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As a module's; of a scaffold weight that is not in memory it has a recipe, which `load_state_dict` knows."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        recipes: dict[ScaffoldTensor, torch.Tensor] = {}  # what is tied shares one, as it shares its values
+        for key, value in state.items():
+            if isinstance(value, VirtualWeight) and not isinstance(value, nn.Parameter):  # those keep_vars asks for
+                state[key] = recipes.setdefault(value.scaffold, recipe_of(value.scaffold))
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Called before anything of this model is loaded.
+        if not (self._off and self.residency == "dense"):  # else there are zeros
+            scaffold = {id(getattr(*owner_of(self.model, path))): path for path in self.first_plan.scaffold}
+            for name, parameter in self.named_parameters(remove_duplicate=False):
+                path, key = scaffold.get(id(parameter)), prefix + name
+                if path is not None and key in state_dict and self.base.is_bare(path):
+                    state_dict[key] = self.base.state_entry(path, self.first_plan.scaffold[path], state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -362,8 +409,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
     ) -> dict[str, torch.Tensor]:
         """Every way of loading passes here: check all of it, then fill trained and kept tensors; PEFT does the rest."""
         tuner = tuner_of(model)
+        tuner.base.check_shapes(tuner.plans[adapter_name])
+        tuner._follow(adapter_name, state_dict)
         plan = tuner.plans[adapter_name]
-        tuner.base.check_shapes(plan)
         check_state_dict(plan, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
@@ -447,8 +495,8 @@ def _check_task(model: nn.Module, config: LottaLoraConfig) -> None:
     # PEFT's classes for these tasks ask for this method only after the adapters are in.
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
-            f"task_type={str(config.task_type)!r} is for models that generate, and {type(model).__name__} has no "
-            "prepare_inputs_for_generation. Pass the model's own task_type, or None."
+            f"task_type={TaskType(config.task_type).value!r} is for models that generate: {type(model).__name__} has "
+            "no prepare_inputs_for_generation. Pass the model's own task_type, or None."
         )
 
 

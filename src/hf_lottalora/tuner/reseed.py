@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..artifact.manifest import check_state_dict, read_manifest
 from ..config import LottaLoraConfig
 from ..layers.layer import ScaffoldLayer
 from ..paths import owner_of
-from ..plan.plan import Plan
+from ..plan.plan import MANIFEST_KEY, Plan
 from ..plan.planner import plan_from_survey
 from ..residency.forms import VirtualWeight
 from ..scaffold.draw import check_seed
+from ..scaffold.interrupts import uninterrupted
 from ..scaffold.tensor import ScaffoldTensor, draw_into
 from .base_model import BaseTensors
 from .progress import progress
@@ -38,12 +40,15 @@ class SeedSwitching:
     _switched = 0  # how many of the contexts below are open
     _off = 0  # how many of them are scaffold_off
 
+    follows_checkpoints = False  # whether loading an adapter of another seed draws that seed's scaffold first
+    followed_from: int | None = None  # the seed before that
+
     def set_scaffold_seed(self, seed: int) -> None:
         """Draw the whole scaffold from another seed, in place, under the adapters as they are.
 
         From then on this is the model: an artifact that is saved has this seed. What adapters train is not touched,
         nor where their starting values came from (`adapter_seed`), nor what is kept. The backward pass of an earlier
-        forward pass is an error.
+        forward pass is an error. Interrupted, the scaffold is the one it was.
 
         Raises:
             TypeError: the seed is not an integer.
@@ -51,19 +56,18 @@ class SeedSwitching:
         """
         seed = check_seed(seed)
         self._check_switchable()
-        for name, old in self.plans.items():
-            config = self.peft_config[name]
-            self.peft_config[name], plan = self._replanned(config, old, seed)
-            if config is self.first_config:
-                self.first_config, self.first_plan = self.peft_config[name], plan
-            self._use(name, plan)
-        if self.first_plan.seed != seed:  # its adapter was deleted
-            self.first_config, self.first_plan = self._replanned(self.first_config, self.first_plan, seed)
-        self._draw()
+        restore = self._restorer()
+        try:
+            self._switch(seed)
+        except BaseException:  # Ctrl-C too
+            uninterrupted(restore)
+            raise
 
     @contextmanager
     def scaffold_seed(self, seed: int) -> Iterator[None]:
         """Within the context the scaffold is another seed's; afterwards it is its own again, to the bit.
+
+        Also where the context, or its beginning or end, is interrupted.
 
         Backward passes belong inside: they read the scaffold once more. Merging does not.
 
@@ -84,19 +88,16 @@ class SeedSwitching:
             >>> torch.equal(net[0].weight, before)
             True
         """
-        configs, plans, first = dict(self.peft_config), dict(self.plans), (self.first_config, self.first_plan)
+        seed = check_seed(seed)
+        self._check_switchable()
         self._check_restorable()
-        self.set_scaffold_seed(seed)
-        self._switched += 1
+        restore = self._restorer()
         try:
+            self._switched += 1
+            self._switch(seed)
             yield
         finally:
-            self._switched -= 1
-            self.set_scaffold_seed(first[1].seed)  # also for adapters that were added meanwhile
-            self.first_config, self.first_plan = first
-            for name in configs.keys() & self.peft_config.keys():
-                self.peft_config[name] = configs[name]
-                self._use(name, plans[name])
+            uninterrupted(restore)
 
     @contextmanager
     def scaffold_off(self) -> Iterator[None]:
@@ -113,13 +114,18 @@ class SeedSwitching:
         direction = next((path for path in self.first_plan.scaffold if path.endswith(".original1")), None)
         if direction:
             raise ValueError(f"{direction!r} is a direction under weight norm, which cannot be zero.")
-        self._switched, self._off = self._switched + 1, self._off + 1
-        self._draw()
+        before = self._switched, self._off
+
+        def restore() -> None:
+            self._switched, self._off = before
+            self._draw()
+
         try:
+            self._switched, self._off = self._switched + 1, self._off + 1
+            self._draw()
             yield
         finally:
-            self._switched, self._off = self._switched - 1, self._off - 1
-            self._draw()
+            uninterrupted(restore)
 
     def __getstate__(self) -> object:
         if self._switched:
@@ -141,6 +147,40 @@ class SeedSwitching:
         if any(isinstance(module, ScaffoldLayer) and module.merged for module in self.model.modules()):
             raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
         self.base.check_shapes(self.first_plan)
+
+    def _follow(self, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Draw the scaffold that this adapter was saved over; checks first that it then fits in every way."""
+        plan, seed = self.plans[adapter_name], read_manifest(state_dict.get(MANIFEST_KEY), "The adapter file")["seed"]
+        if self.follows_checkpoints and seed != plan.seed:
+            check_state_dict(self._replanned(self.peft_config[adapter_name], plan, seed)[1], state_dict)
+            self.followed_from = plan.seed if self.followed_from is None else self.followed_from
+            self.set_scaffold_seed(seed)
+
+    def _restorer(self) -> Callable[[], None]:
+        """What makes scaffold, plans and configs again what they are now; adapters added meanwhile get their seed."""
+        configs, plans, first = dict(self.peft_config), dict(self.plans), (self.first_config, self.first_plan)
+        switched = self._switched
+
+        def restore() -> None:
+            self._switched = switched
+            self._switch(first[1].seed)
+            self.first_config, self.first_plan = first
+            for name in configs.keys() & self.peft_config.keys():
+                self.peft_config[name] = configs[name]
+                self._use(name, plans[name])
+
+        return restore
+
+    def _switch(self, seed: int) -> None:
+        for name, old in self.plans.items():
+            config = self.peft_config[name]
+            self.peft_config[name], plan = self._replanned(config, old, seed)
+            if config is self.first_config:
+                self.first_config, self.first_plan = self.peft_config[name], plan
+            self._use(name, plan)
+        if self.first_plan.seed != seed:  # its adapter was deleted
+            self.first_config, self.first_plan = self._replanned(self.first_config, self.first_plan, seed)
+        self._draw()
 
     def _replanned(self, config: LottaLoraConfig, old: Plan, seed: int) -> tuple[LottaLoraConfig, Plan]:
         """The config and plan for another seed; a config may be other models' too, so it is copied."""

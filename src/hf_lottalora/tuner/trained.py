@@ -8,6 +8,7 @@ wrapper in the forward pass, and with no original kept beside it where that can 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from ..paths import owner_of
 from ..plan.plan import Plan, PlannedTensor
 from ..residency.forms import VirtualWeight
+from ..scaffold.interrupts import uninterrupted
 from ..scaffold.tensor import ScaffoldTensor, draw_into
 from .progress import progress
 
@@ -40,10 +42,8 @@ class _Shelf(nn.Module):
         parameter.requires_grad_(False)
         self._parameters[path.replace(".", "/")] = parameter  # not register_parameter: PEFT may have patched it to meta
 
-    def take(self, path: str) -> nn.Parameter:
-        parameter = self._parameters.pop(path.replace(".", "/"))
-        assert parameter is not None
-        return parameter
+    def drop(self, path: str) -> None:
+        self._parameters.pop(path.replace(".", "/"), None)
 
     def get(self, path: str) -> torch.Tensor | None:
         return self._parameters.get(path.replace(".", "/"))
@@ -99,23 +99,31 @@ class TrainedTensors(nn.Module):
         self.check_installable(model, adapter)
         leaving = self.planned.get(self.installed or "", {})
         coming = self.planned.get(adapter or "", {})
-        for path in {**leaving, **coming}:
-            tensor = coming.get(path) or leaving[path]
-            live = getattr(*owner_of(model, path))
-            if path in leaving:
-                self.adapters[self.installed].put(path, live)  # type: ignore[index]
-            elif tensor.base is None and not live.is_meta:
-                self.originals.put(path, live)
+        tensors = {**leaving, **coming}
+        live = {path: getattr(*owner_of(model, path)) for path in tensors}
+        parameters: dict[str, Any] = {}
+        for path, tensor in tensors.items():  # takes long, and may be interrupted: nothing has moved yet
             if path in coming:
-                parameter = self.adapters[adapter].take(path)  # type: ignore[index]
+                parameters[path] = self.adapters[adapter].get(path)  # type: ignore[index]
             elif tensor.base is None:
-                parameter = self.originals.take(path)
+                parameters[path] = self.originals.get(path)
             else:
-                parameter = _made(tensor, live)
-            for alias in tensor.survey.aliases:
-                owner, attribute = owner_of(model, alias)
-                owner._parameters[attribute] = parameter
-        self.installed = adapter if coming else None
+                parameters[path] = _made(tensor, live[path])
+        left = self.installed
+
+        def exchange() -> None:
+            for path, tensor in tensors.items():
+                if path in leaving:
+                    self.adapters[left].put(path, live[path])  # type: ignore[index]
+                elif tensor.base is None and not live[path].is_meta:
+                    self.originals.put(path, live[path])
+                (self.adapters[adapter] if path in coming else self.originals).drop(path)  # type: ignore[index]
+                for alias in tensor.survey.aliases:
+                    owner, attribute = owner_of(model, alias)
+                    owner._parameters[attribute] = parameters[path]
+            self.installed = adapter if coming else None
+
+        uninterrupted(exchange)
 
     def check_installable(self, model: nn.Module, adapter: str | None) -> None:
         """Whether `install` could go from what is installed to this adapter. Changes nothing.

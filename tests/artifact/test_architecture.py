@@ -1,0 +1,74 @@
+"""Configurations that JSON changes: what is compared is what both sides build."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import config, ids, llama_config, logits, perturb
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_lottalora import AutoLottaLoraModelForCausalLM
+
+
+class DerivedConfig(LlamaConfig):
+    """Derives a value where none is given, as Moshi and PaliGemma do; a file has the value."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.limits = [0.0, math.inf]
+        self.layer_widths = tuple(range(self.num_hidden_layers))
+
+
+class ForgetfulConfig(LlamaConfig):
+    """Counts how often it was built: no file can give that back."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.built = getattr(self, "built", 0) + 1
+
+
+def model_of(kind: type[LlamaConfig], **changes: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(kind(**{**llama_config().to_diff_dict(), **changes}))
+
+
+def test_infinities_and_derived_values_come_back(tmp_path: Path) -> None:
+    model = get_peft_model(model_of(DerivedConfig), config())
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    assert "Infinity" in (tmp_path / "config.json").read_text()
+    again = PeftModel.from_pretrained(model_of(DerivedConfig), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_another_value_is_refused_whether_in_the_file_or_in_the_base(tmp_path: Path) -> None:
+    get_peft_model(model_of(DerivedConfig), config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config.json says rms_norm_eps=1e-06, this model has 0.1. Nothing was loaded"):
+        PeftModel.from_pretrained(model_of(DerivedConfig, rms_norm_eps=0.1), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 0.2}))
+    with pytest.raises(ValueError, match="config.json says rms_norm_eps=0.2, this model has 1e-06"):
+        PeftModel.from_pretrained(model_of(DerivedConfig), tmp_path)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "mistral"}))
+    with pytest.raises(ValueError, match="config.json says model_type='mistral', this model has 'llama'"):
+        PeftModel.from_pretrained(model_of(DerivedConfig), tmp_path)
+
+
+def test_what_cannot_come_back_is_said_before_training(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"cannot hold built=1 of this ForgetfulConfig: it comes back as \d"):
+        model = get_peft_model(model_of(ForgetfulConfig), config())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model_of(ForgetfulConfig), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_an_ordinary_configuration_says_nothing(tmp_path: Path) -> None:
+    model = get_peft_model(model_of(LlamaConfig), config(task_type="CAUSAL_LM"))  # warnings are errors
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)(ids()).logits, logits(model))
