@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import select
 import signal
 import sys
 import tempfile
@@ -27,7 +28,6 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 GOLDEN = Path(__file__).parents[1] / "tests" / "plan" / "default_targets.json"
-LARGEST, SECONDS, RANK = 20_000_000, 240, 2
+LARGEST, SECONDS, RANK = 20_000_000, 150, 2
 WAYS: dict[str, Callable[[], Any]] = {
     "default": lambda: hf_lottalora.LottaLoraConfig(seed=42, r=RANK, init_lora_weights=False),
     "all-linear": lambda: hf_lottalora.LottaLoraConfig(
@@ -147,6 +147,7 @@ def trained(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         loss.backward()
         if step == 0:
             idle = {path for path in layers if path not in called or _no_gradient(layers[path])}
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     for hook in hooks:
@@ -181,28 +182,46 @@ def examine(model_type: str) -> dict[str, Any]:
     return {**result, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def in_child(model_type: str) -> tuple[str, dict[str, Any]]:
-    """`examine` in a forked process, which may crash or hang."""
+def in_children(model_types: list[str], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`examine` of each in a forked process, which may crash or hang, so many at a time; in the order they finish.
+
+    This process has one thread: a fork copies the locks of others, which nobody would ever release.
+    """
+    waiting = iter(model_types)
+    running: dict[int, tuple[str, int, list[bytes]]] = {}
+    while True:
+        while len(running) < workers and (name := next(waiting, None)) is not None:
+            reader, child = start(name)
+            running[reader] = (name, child, [])
+        if not running:
+            return
+        for reader in select.select(list(running), [], [])[0]:
+            name, child, parts = running[reader]
+            if part := os.read(reader, 1 << 16):
+                parts.append(part)
+                continue
+            os.close(reader)
+            _, status = os.waitpid(child, 0)
+            del running[reader]
+            lost = {"runs": False, "reason": f"the process ended with status {status}"}
+            yield name, json.loads(b"".join(parts)) if parts else lost
+
+
+def start(model_type: str) -> tuple[int, int]:
+    """A child that examines a model type: the end of a pipe that its answer comes from, and its process id."""
     reader, writer = os.pipe()
     child = os.fork()
-    if child == 0:
-        os.close(reader)
-        signal.alarm(SECONDS)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        torch.set_num_threads(1)
-        warnings.filterwarnings("ignore")
-        with os.fdopen(writer, "w") as pipe:
-            pipe.write(json.dumps(examine(model_type)))
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if not answer:
-        return model_type, {"runs": False, "reason": f"the process ended with status {status}"}
-    return model_type, json.loads(answer)
+    if child:
+        os.close(writer)
+        return reader, child
+    signal.alarm(SECONDS)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    torch.set_num_threads(1)
+    with os.fdopen(writer, "w") as pipe:
+        pipe.write(json.dumps(examine(model_type)))
+    os._exit(0)
 
 
 def summary(models: dict[str, Any]) -> Iterator[str]:
@@ -254,12 +273,11 @@ def main() -> None:
     result = read_json(args.output) or {"models": {}}
     result["environment"] = environment()
     todo = [name for name in args.only if args.again or name not in result["models"]]
-    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(todo), unit="model") as bar:
-        for done, (name, answer) in enumerate(pool.map(in_child, todo), 1):
-            result["models"][name] = answer
-            bar.update()
-            if done % 20 == 0 or done == len(todo):
-                write_json(args.output, {**result, "models": dict(sorted(result["models"].items()))})
+    tqdm.monitor_interval = 0  # no thread
+    for done, (name, answer) in enumerate(tqdm(in_children(todo, args.workers), total=len(todo), unit="model"), 1):
+        result["models"][name] = answer
+        if done % 20 == 0 or done == len(todo):
+            write_json(args.output, {**result, "models": dict(sorted(result["models"].items()))})
     print("\n".join(summary(result["models"])))
     if args.output == RESULTS:
         write_json(GOLDEN, chosen(result["models"]))

@@ -100,7 +100,7 @@ def test_any_value_that_a_field_is_given_later(name: str) -> None:
         ({"alpha_pattern": {3: 1.0}}, r"alpha_pattern's key 3 must be a string, got 3 \(int\)"),
         ({"seed_pattern": [3]}, r"seed_pattern must be a dict from strings to integers, got \[3\] \(list\)"),
         ({"lora_alpha": 10**400}, r"lora_alpha must be a positive number"),
-        ({"layers_to_transform": "3"}, r"layers_to_transform must be an integer, a list of integers or None, got '3'"),
+        ({"layers_to_transform": "3"}, r"layers_to_transform must be a list of integers, an integer or None, got '3'"),
         ({"exclude_modules": ".*"}, r"with exclude_modules='\.\*' matches no linear layer"),
         ({"runtime_config": None}, r"runtime_config must be a LoraRuntimeConfig, got None\."),
         (

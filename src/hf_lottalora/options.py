@@ -145,7 +145,8 @@ def _described(hint: Any) -> str:
     if origin is Annotated:
         return str(args[1].says)
     if origin in (Union, UnionType):
-        *first, last = map(_described, args)
+        # In an order of our own: typing remembers equal unions, and gives the one that was written first somewhere.
+        *first, last = sorted(map(_described, args), key=lambda text: (text == "None", text))
         return f"{', '.join(first)} or {last}"
     if origin is Literal:
         return f"one of {list(args)}"

@@ -136,7 +136,7 @@ class Case:
             A, B = (tensor.double().flatten(1) for tensor in source._pair(name))
             product = (B @ A).t() if isinstance(base, (Conv1D, nn.Embedding)) else (B @ A).view(weight.shape)
             products.append(6 / 4 * product)
-            scaffold = scaffold + (source.lora_beta[name].double() - 1) * weight
+            scaffold = scaffold + (source.lora_beta[name].value.double() - 1) * weight
         x = self.x if self.kind == "embedding" else self.x.double()
         bias = getattr(base, "bias", None)
         bias = None if bias is None else bias.double()
@@ -147,12 +147,12 @@ class Case:
         else:
             total = scaffold + sum(products)
             if adapters and "default" in source.lora_magnitude:
-                total = total * self.magnitude(total, source.lora_magnitude["default"])
+                total = total * self.magnitude(total, source.lora_magnitude["default"].value)
             y = self.function(x, total, bias)
         if self.variant == "residual":
             y = y + x
         if self.variant == "layer_norm":
-            norms = source.lora_norm_weight["default"], source.lora_norm_bias["default"]
+            norms = source.lora_norm_weight["default"].value, source.lora_norm_bias["default"].value
             y = F.layer_norm(y, y.shape[-1:], *norms)
         with self.mode():
             return y.to(self.plain()(self.x.detach()).dtype)
@@ -324,7 +324,7 @@ def test_a_table_that_is_trained_by_hand_has_its_gradient(monkeypatch: pytest.Mo
 def test_gradients_are_of_what_functional_call_was_given(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(kind, "plain", monkeypatch)
     other = {"base_layer.weight": 2 * case.layer.base_layer.weight.detach()}
-    beta = case.layer.lora_beta["default"]
+    beta = case.layer.lora_beta["default"].value
     found = gradients(torch.func.functional_call(case.layer, other, (case.x,)), [beta])
     case.layer.base_layer.weight.data.mul_(2)
     torch.testing.assert_close(found, gradients(case.literal(), [beta]))

@@ -139,6 +139,21 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[PeftModel, str], Any]]]
             model, get_peft_model_state_dict(made(r=2)), ignore_mismatched_sizes=True
         ),
     ),
+    "peft.functional.set_adapter": (
+        ValueError,
+        r"set_adapter of a layer, or of peft.functional, leaves out what adapters \['default'\] train beside the layers",
+        lambda model, path: peft.functional.set_adapter(model, "default"),
+    ),
+    "peft.functional.set_requires_grad": (
+        ValueError,
+        "Call the model's own set_requires_grad",
+        lambda model, path: peft.functional.set_requires_grad(model, "default", False),
+    ),
+    "peft.functional.delete_adapter": (
+        ValueError,
+        "Call the model's own delete_adapter",
+        lambda model, path: peft.functional.delete_adapter(model, "default", "lora_"),
+    ),
     "replace_lora_weights_loftq": (
         ValueError,
         "bitsandbytes must be installed and the model must be quantized",
@@ -366,7 +381,7 @@ def test_riemannian_optimizer() -> None:
 
 
 def test_functions_for_bare_layers() -> None:
-    """`peft.functional` is for models without a tuner: of ours it reaches the layers, where that is all there is."""
+    """`peft.functional` is for models without a tuner: of ours it reaches the layers, right where that is all there is."""
     model = made(embeddings="frozen", norms="frozen")
     model.add_adapter("other", config(embeddings="frozen", norms="frozen", adapter_seed=7))
     model.set_adapter("other")
@@ -377,3 +392,6 @@ def test_functions_for_bare_layers() -> None:
     assert torch.equal(logits(model), expected)
     peft.functional.set_requires_grad(model, "other", False)
     assert not any(p.requires_grad for p in model.parameters())
+    peft.functional.set_adapter(model, "default")
+    peft.functional.delete_adapter(model, "other", "lora_")
+    assert not any(".other" in name for name in model.state_dict())

@@ -184,8 +184,8 @@ def test_shared_weights_are_refused() -> None:
 
 def test_the_loaders_take_no_unknown_options(tmp_path: Path) -> None:
     get_peft_model(llama(), config()).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match=r"does not take \['torch_dtype'\]"):
-        AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"does not take \['lora_alpha'\]"):
+        AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, lora_alpha=16)
     assert isinstance(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), PeftModel)
 
 

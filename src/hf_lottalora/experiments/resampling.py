@@ -161,7 +161,8 @@ class ResampleScaffoldCallback(TrainerCallback, ExportableState):
         """Called by Trainer, after a checkpoint was loaded."""
         self._check(args)
         tuner = tuner_of(model)
-        first, tuner.follows_checkpoints = tuner.followed_from, False
+        first = tuner.followed_from
+        tuner.follows_checkpoints, tuner.followed_from = False, None
         self.resampler = ScaffoldResampler(model, self.schedule)
         self._begun = False
         if not state.global_step:

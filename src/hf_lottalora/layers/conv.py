@@ -56,9 +56,11 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
     def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.own_forward:  # with whatever padding: linear in the kernel
             base = self.get_base_layer()
-            kernel = self._kernel(adapters).to(base.weight.dtype)
-            adapted: torch.Tensor = functional_call(base, {"weight": kernel}, (x, *args), kwargs)
-            return adapted
+            tensors, bias = {"weight": self._summed_weight(adapters).to(base.weight.dtype)}, self._total_bias(adapters)
+            if bias is not None and base.bias is not None:
+                tensors["bias"], bias = bias, None
+            adapted: torch.Tensor = functional_call(base, tensors, (x, *args), kwargs)
+            return adapted if bias is None else adapted + bias.view(-1, *(1 for _ in base.kernel_size))
         x = x.to(matmul_dtype(x))
         dropout = self.training and any(not isinstance(self.lora_dropout[name], nn.Identity) for name in adapters)
         if self._magnitude_is_per_input(adapters[0]) or (not dropout and self._one_kernel_is_cheaper(adapters)):

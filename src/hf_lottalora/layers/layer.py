@@ -49,6 +49,26 @@ class AdapterTensor(nn.Module):
         return parameter
 
 
+class Switches:
+    """Shared by the layers of a model: the adapters that also train tensors beside them, and who is switching."""
+
+    def __init__(self) -> None:
+        self.trained: set[str] = set()
+        self.by_model = False
+
+    def check(self, call: str) -> None:
+        """Refuse to switch the layers alone.
+
+        Raises:
+            ValueError: adapters train tensors beside the layers, and the model does not know of the call.
+        """
+        if self.trained and not self.by_model:
+            raise ValueError(
+                f"{call} of a layer, or of peft.functional, leaves out what adapters {sorted(self.trained)} train "
+                f"beside the layers: embeddings, head or norms. Call the model's own {call}."
+            )
+
+
 class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     """What LottaLoRA adds to a PEFT LoRA layer: beta, and a base weight that can be drawn again."""
 
@@ -69,6 +89,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     _unmerged_weight: torch.Tensor | None = None
     # The same of the base bias, where an adapter that is merged has a bias too.
     _unmerged_bias: torch.Tensor | None = None
+    switches = Switches()  # the model's, once it has placed the layer
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         if not isinstance(config, LottaLoraConfig):
@@ -100,7 +121,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's leaves the dtype of what is on the meta device, and rounds to the base layer's dtype what
         # low_cpu_mem_usage has just read from a file; of an embedding's A and B it makes new, trainable ones.
-        with in_memory(self.get_base_layer()):
+        with in_memory(self):
             W = self.get_base_layer().weight
         dtype, device = None if adapter_name in self._made else W.dtype, device or W.device
         for tensor in self.adapter_parameters(adapter_name):
@@ -108,6 +129,7 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; all that is kept here per adapter goes with it."""
+        self.switches.check("delete_adapter")
         self._made.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
@@ -127,6 +149,14 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
                 for other in {stem, f"{stem}.{UNDECAYED}", f"{stem}.{DECAYED}"} & state_dict.keys():
                     state_dict[f"{stem}.{held.name}"] = state_dict.pop(other)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self.switches.check("set_adapter")
+        super().set_adapter(adapter_names, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        self.switches.check("set_requires_grad")
+        super().set_requires_grad(adapter_names, requires_grad)
 
     def freeze_beta(self, adapter_name: str) -> None:
         """Beta stays as it is, whatever PEFT switches on."""

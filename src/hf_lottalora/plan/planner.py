@@ -95,15 +95,15 @@ def _plan_tensor(
 
 def _checked_role(tensor: SurveyedTensor, role: Role, saved: bool = False) -> Role:
     """The role, if a tensor that something else holds can have it: such a one can only be kept, where it is."""
-    if tensor.held is not None and (role != "kept" or saved):
-        what = "saved" if role == "kept" else {"scaffold": "drawn over", "trained": "trained"}[role]
-        hint = {
-            "kept": "Leave save_kept=False, which needs redraw='none' or 'targets'",
-            "scaffold": "Load the model in memory without quantisation, or pass redraw='none'",
-            "trained": "Load it in memory without quantisation, or pass embeddings, norms='frozen', head='lora'",
-        }[role]
-        raise ValueError(f"{tensor.path!r} is {tensor.held}, and cannot be {what}. {hint}.")
-    return role
+    if tensor.held is None or (role == "kept" and not saved):
+        return role
+    loaded = "Load the model in memory without quantisation, or"
+    what = {
+        "scaffold": f"drawn over. {loaded} pass redraw='none'.",
+        "trained": f"trained. {loaded} freeze it: embeddings='frozen', norms='frozen', head='lora'.",
+        "kept": f"saved. {loaded} leave save_kept=False, with redraw='none'.",
+    }[role]
+    raise ValueError(f"{tensor.path!r} is {tensor.held}, and cannot be {what}")
 
 
 def _with_norm_of_direction(tensor: PlannedTensor, planned: list[PlannedTensor]) -> PlannedTensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -324,6 +324,8 @@ def _surveyed_modules(model: nn.Module, in_head: Any) -> Iterator[SurveyedModule
         if isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)) and not past_forward:
             own_forward = has_own_forward(module)
             reason = why_not_around(module) if own_forward else None
+            if is_parametrized(module, "weight"):
+                reason = "reads a weight that torch.nn.utils.parametrize computes"
         if past_forward or reason is not None:
             pass
         elif isinstance(module, nn.Linear):

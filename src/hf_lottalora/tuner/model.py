@@ -22,7 +22,7 @@ from ..config import DefaultTargets, LottaLoraConfig
 from ..layers.attention import ScaffoldAttention, unfuse
 from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
-from ..layers.layer import DECAYED, UNDECAYED, ScaffoldLayer
+from ..layers.layer import DECAYED, UNDECAYED, ScaffoldLayer, Switches
 from ..layers.linear import ScaffoldLinear
 from ..layers.rows import TrainedRows
 from ..paths import clean_modules, owner_of
@@ -97,6 +97,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         self.survey = None
         self.trained = TrainedTensors()
         self.base = BaseTensors(model, self.trained)
+        self.switches = Switches()
         self._layers_disabled = False
         self._unfused: list[tuple[nn.Module, str, Any]] = []
         self._frozen: list[torch.Tensor] = []  # while layers are disabled: what was not trained before
@@ -169,10 +170,11 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         if config.target_modules is None:
             config.target_modules = DefaultTargets(plan.targets)
         requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
-        with PrivateRandomness():  # nn.Linear's constructor draws, even where its values are not used
+        with self._switching(), PrivateRandomness():  # nn.Linear's constructor draws, though its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         config.target_modules = requested
         self._finish_adapters(model, adapter_name, plan, config, start)
+        self.switches.trained |= {adapter_name} if self.trained.planned[adapter_name] else set()
         self._unfused.extend(unfuse(model))
         if copied is not None:
             for mine, its in zip(self._parameters_of(adapter_name), self._parameters_of(copied), strict=True):
@@ -239,6 +241,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
                     parent, _, child = adapter.path.rpartition(".")
                     setattr(model.get_submodule(parent), child, TiedHead(layer, model.get_input_embeddings()))  # type: ignore[operator]
                 continue
+            layer.switches = self.switches
             layer.scaffold = plan.scaffold.get(adapter.weight) or layer.scaffold
             layer.own_forward = adapter.own_forward
             if not adapter.train_beta:
@@ -267,6 +270,14 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     # ---- switching ------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _switching(self) -> Iterator[None]:
+        outer, self.switches.by_model = self.switches.by_model, True
+        try:
+            yield
+        finally:
+            self.switches.by_model = outer
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters, with the trained tensors of the one that has any.
 
@@ -277,7 +288,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         owner = None if self._layers_disabled else self.trained.owner_among(names)
         self.trained.check_installable(self.model, owner)
         self._frozen = []  # another choice since
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        with self._switching():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
         self._restore_residency()  # PEFT has unmerged layers, and base values are back where trained copies stood
@@ -293,7 +305,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
             trained = [p for name in self.plans for p in self.trained.parameters_of(self.model, name).values()]
             self._frozen = [parameter for parameter in (*adapters, *trained) if not parameter.requires_grad]
         self._layers_disabled = not enabled
-        super()._enable_adapter_layers(enabled)
+        with self._switching():
+            super()._enable_adapter_layers(enabled)
         self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
         self._set_trained_grad(self.active_adapters, enabled)
         if enabled:
@@ -308,7 +321,8 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Enable or disable gradients on adapters and their trained tensors."""
-        super().set_requires_grad(adapter_names, requires_grad)
+        with self._switching():
+            super().set_requires_grad(adapter_names, requires_grad)
         self._set_trained_grad([adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
 
     def _parameters_of(self, adapter_name: str) -> Iterator[torch.Tensor]:
@@ -336,7 +350,9 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         """Delete an adapter and its trained tensors; another one becomes active if it was."""
         self.trained.check_removable(self.model, adapter_name)
         was_active = adapter_name in self.active_adapters
-        super().delete_adapter(adapter_name)
+        with self._switching():
+            super().delete_adapter(adapter_name)
+        self.switches.trained.discard(adapter_name)
         self.trained.remove(self.model, adapter_name)
         self.plans.pop(adapter_name, None)
         if was_active and self.active_adapters:
@@ -535,9 +551,10 @@ def _check_rows(adapter_name: str, plan: Plan, model: nn.Module) -> None:
 def _check_task(model: nn.Module, config: LottaLoraConfig) -> None:
     # PEFT's classes for these tasks ask for this method only after the adapters are in.
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        task = TaskType(config.task_type).value
         raise ValueError(
-            f"task_type={TaskType(config.task_type).value!r} is for models that generate: {type(model).__name__} has "
-            "no prepare_inputs_for_generation. Pass the model's own task_type, or None."
+            f"task_type={task!r} is for models that generate, and {type(model).__name__} has no "
+            "prepare_inputs_for_generation. Pass the model's own task_type, or None."
         )
 
 
