@@ -143,7 +143,7 @@ class LottaLoraModel(SeedSwitching, Merging, lora.LoraModel):  # type: ignore[mi
         plan.kept_digests.update(self.base.kept_digests(plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, plan.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
-        check_architecture(config._artifact_architecture, plan.survey.architecture)
+        check_architecture(config._artifact_architecture, model)
         if config._artifact_shapes is not None:
             check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")
 
