@@ -98,9 +98,7 @@ def test_an_encoder_decoder_whose_vocabulary_was_resized(build: Any, tmp_path: P
         model.resize_token_embeddings(110, mean_resizing=False)  # makes one module of its token embeddings
         return model
 
-    message = (
-        r"token embedding is looked up through several modules \((model\.)?shared, (model\.)?encoder.embed_tokens, "
-    )
+    message = r"its table is looked up through several modules \((model\.)?shared, (model\.)?encoder.embed_tokens, "
     for model in (build(), resized()):
         with pytest.raises(ValueError, match=message):
             get_peft_model(model, config(embeddings="lora"))

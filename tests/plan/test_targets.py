@@ -192,7 +192,8 @@ def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
     content["resolved_targets"][0] = "model.layers.0.self_attn.keys_proj"
     file.write_text(json.dumps(content))
     with pytest.raises(
-        ValueError, match=r"adapters on 1 layers that LlamaForCausalLM lacks: 'model.layers.0.self_attn"
+        ValueError,
+        match=r"resolved_targets: the artifact has adapters on 1 layers that LlamaForCausalLM lacks: 'model.layers.0.self_attn",
     ):
         PeftModel.from_pretrained(llama(), tmp_path)
 
@@ -236,7 +237,7 @@ def test_beside_names_that_match_they_are_warned_of(options: dict[str, Any], war
     [
         (
             {"target_modules": ["q_porj"]},
-            r"matches no linear layer .* as a whole; did you mean 'q_proj'\?. Pass target",
+            r"matches no linear layer.* as a whole; did you mean 'q_proj'\?. Pass target",
         ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [9]},

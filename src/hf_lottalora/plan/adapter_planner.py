@@ -52,12 +52,13 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> t
             for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
             if (value := getattr(config, name)) is not None
         ]
-        asked = config.target_modules
+        option = "target_modules" if config.resolved_targets is None else "resolved_targets"
+        asked = getattr(config, option)
         names = sorted(asked) if isinstance(asked, (set, list)) else asked
         paths = [module.path for module in survey.modules]
         guess = "".join([near(name, paths) for name in names][:1]) if isinstance(names, list) else ""
         raise ValueError(
-            f"target_modules={names}{','.join(narrowed)} matches no linear layer, convolution or embedding of "
+            f"{option}={names}{','.join(narrowed)} matches no linear layer, convolution or embedding of "
             f"{survey.class_name} outside what is trained as a whole{guess}. {layers_there_are(survey)}"
         )
     check_choice(survey, config, targets)

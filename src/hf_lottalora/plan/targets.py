@@ -56,7 +56,8 @@ def _recorded(survey: Survey, paths: Iterable[str]) -> set[str]:
     missing = sorted(set(paths) - there)
     if missing:
         raise ValueError(
-            f"The artifact has adapters on {len(missing)} layers that {survey.class_name} lacks: {missing[0]!r}"
+            f"resolved_targets: the artifact has adapters on {len(missing)} layers that {survey.class_name} lacks: "
+            f"{missing[0]!r}"
             f"{near(missing[0], there)}. Nothing was loaded. Build the model from the artifact's config.json, with a "
             "transformers release that names its layers the same."
         )
