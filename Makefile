@@ -16,12 +16,12 @@ PYTEST = -m pytest -m "not slow" $(PYTEST_ARGS)
 # Small networks: more threads do not pay off, and waiting threads should sleep when the machine is busy.
 demo test test-oldest: export OMP_NUM_THREADS ?= 2
 demo test test-oldest: export OMP_WAIT_POLICY ?= passive
-demo test test-oldest: export TOKENIZERS_PARALLELISM = false
-demo test test-oldest: export HF_HUB_OFFLINE = 1
+demo test test-oldest sweep: export TOKENIZERS_PARALLELISM = false
+demo test test-oldest sweep: export HF_HUB_OFFLINE = 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install test test-oldest lint format demo check reproduce clean
+.PHONY: help install test test-oldest lint format demo sweep check reproduce clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,7 +64,10 @@ format: $(STAMP) ## let ruff rewrite the code
 demo: $(STAMP) ## train digits from a seed, save the artifact, rebuild it in a new process
 	$(PY) examples/digits_demo.py $(DEMO_ARGS)
 
-check: lint demo test-oldest test ## everything that CI runs
+sweep: $(STAMP) ## every architecture of transformers, small, against the recorded results: 15 minutes
+	$(PY) benchmarks/architectures.py --workers 2 --output out/architectures.json --check
+
+check: lint demo test-oldest test sweep ## everything that CI runs
 
 reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DATA
 	$(PY) benchmarks/paper/mnist.py
@@ -92,6 +95,7 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/perf/decode.py --scale 300M
 	$(PY) benchmarks/perf/large.py
 	$(PY) benchmarks/perf/scales.py
+	$(PY) benchmarks/architectures.py --workers 2
 	$(PY) benchmarks/tables.py
 
 clean: ## remove the environments, caches and outputs

@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md and docs/performance.md from the result files, each between its two marks.
+"""Write the tables of the pages in docs/ from the result files, each between its two marks.
 
 python benchmarks/tables.py            # rewrite the pages
 python benchmarks/tables.py --check    # only say whether they are up to date
@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "paper"))
 
+import architectures
 import cifar10
 import mnist
 import mnist_ablations
@@ -25,7 +26,7 @@ from common import read_json
 
 from hf_lottalora import RankSearch
 
-PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("results.md", "performance.md")]
+PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("results.md", "performance.md", "architectures.md")]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
 
 
@@ -71,6 +72,7 @@ def _number(value: float) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "architectures": lambda: "\n".join(architectures.summary(read_json(architectures.RESULTS)["models"])),
     "mnist": lambda: mnist.table(mnist.summarise(read_json(mnist.RESULTS)["runs"])),
     **{table: _ablation(table) for table in mnist_ablations.TABLES},
     "rank search": _rank_search,

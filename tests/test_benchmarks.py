@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ PERFORMANCE = {
 
 
 def test_every_benchmark_is_listed() -> None:
-    assert {path.name for path in FOLDER.glob("*.py")} == {"common.py", "tables.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} == {"architectures.py", "common.py", "shrink.py", "tables.py"}
     assert {path.name for path in (FOLDER / "paper").glob("*.py")} == {*COMMANDS, "cli.py"} | NOT_HERE
     assert {path.name for path in (FOLDER / "perf").glob("*.py")} == {*PERFORMANCE, "shared.py"}
 
@@ -72,6 +73,19 @@ def test_performance_benchmarks_run(script: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "|---" in done.stdout and output.stat().st_size > 500 and results() == before
+
+
+def test_the_sweep_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    for names in (["llama", "encodec"], ["llama", "convnext", "dinat"]):
+        command = [sys.executable, "architectures.py", "--output", str(output), "--only", *names]
+        done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    models = json.loads(output.read_text())["models"]
+    assert {name: models[name]["runs"] and models[name]["default"]["status"] for name in models} == {
+        "convnext": "works", "dinat": False, "encodec": "refused", "llama": "works"
+    }  # fmt: skip
+    assert "4 model types, of which 3 build and run here" in done.stdout and "2/2" in done.stderr
 
 
 def test_the_page_of_results_is_that_of_the_files() -> None:

@@ -219,6 +219,13 @@ class LottaLoraConfig(LoraConfig):
         default=None,
         metadata={"help": "Digest of each pretrained tensor the artifact does not contain; checked on load."},
     )
+    padding_rows: dict[str, int] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of drawn tables that are zero, by canonical name; written on save, since a pad_token_id that "
+            "is set after the model was built (TRL does) would make another row zero when config.json is built."
+        },
+    )
     other_dtypes: dict[str, str] | None = field(
         default=None,
         metadata={
@@ -337,6 +344,7 @@ class LottaLoraConfig(LoraConfig):
         if self._plan is not None:
             recorded = {**self._plan.recorded_digests(), "other_dtypes": self._other_dtypes}
             recorded["resolved_targets"] = list(self._plan.targets)
+            recorded["padding_rows"] = self._plan.padding_rows
         if isinstance(self.target_modules, DefaultTargets):
             recorded["target_modules"] = None
         if self.redraw == "all":

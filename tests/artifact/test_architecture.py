@@ -72,3 +72,17 @@ def test_an_ordinary_configuration_says_nothing(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)(ids()).logits, logits(model))
+
+
+@pytest.mark.parametrize("options", [{"embeddings": "frozen"}, {"embeddings": "lora", "r": 1}, {}])
+def test_a_padding_token_that_is_set_later_moves_no_row(options: dict[str, Any], tmp_path: Path) -> None:
+    """TRL's trainers set it. The embedding was built without one, and config.json says otherwise by then."""
+    base = model_of(LlamaConfig, tie_word_embeddings=False)
+    model = get_peft_model(base, config(task_type="CAUSAL_LM", **options))
+    assert base.get_input_embeddings().padding_idx is None
+    perturb(model)
+    base.config.pad_token_id = 5
+    model.save_pretrained(tmp_path)
+    again = AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    again.verify_scaffold(full=True)

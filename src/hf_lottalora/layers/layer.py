@@ -247,6 +247,16 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
         with in_memory(self):  # Accelerate's hook is for calls of the base layer, and its weight is read without
             return self._adapted(x, adapters, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """Code of a model may ask a layer for its sizes, as MobileNet asks a convolution for its stride."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self._modules.get("base_layer")
+            if base is not None and name in getattr(base, "__constants__", ()):
+                return getattr(self.get_base_layer(), name)
+            raise
+
     def __repr__(self) -> str:
         return described(self)
 

@@ -172,6 +172,11 @@ class Plan(Reported):
         """The tensors of the base model that the artifact contains, by path."""
         return {tensor.path: tensor for tensor in self.tensors if tensor.saved}
 
+    @property
+    def padding_rows(self) -> dict[str, int]:
+        """The row of each table that is zero when drawn, by canonical name."""
+        return {t.name: t.survey.zero_row for t in self.tensors if t.survey.zero_row is not None}
+
     def trains_as(self, other: Plan) -> bool:
         """Whether the two have adapters and trained tensors of the same places and sizes."""
         mine, its = ({tensor.path for tensor in plan.with_role("trained")} for plan in (self, other))

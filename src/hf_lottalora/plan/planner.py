@@ -59,6 +59,9 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
             tensor, a name in `modules_to_save` is not there, or the weights are quantised.
     """
     config.check()
+    if (rows := config.padding_rows) is not None:
+        tensors_as_drawn = (replace(t, zero_row=rows.get(t.name)) for t in survey.tensors)
+        survey = replace(survey, tensors=tuple(tensors_as_drawn))
     extra = _modules_to_save(survey, config)
     _check_tied_options(survey, config, extra)
     adapters, targets = plan_adapters(survey, config, extra)

@@ -87,21 +87,37 @@ def _calls_mixer(kind: Any) -> bool:
 
 @cache
 def _weights_read_by(kind: Any) -> frozenset[str]:
-    read, called, handed_on = set(), set(), set()
-    for function in _functions(kind):
+    functions = list(_functions(kind))
+    readers = {function.name: _layers_read(function) for function in functions}
+    read, called, multiplied = set(), set(), set()
+    for function in functions:
         looked_at = {
             id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in _LOOKS
         }
         for node in ast.walk(function):
+            operands: list[ast.expr] = []
             if isinstance(node, ast.Call):
                 called.add(_below_self(node.func))
+                names = readers.get(_below_self(node.func), {})
+                given: dict[Any, ast.expr] = dict(enumerate(node.args))
+                given.update({keyword.arg: keyword.value for keyword in node.keywords})
+                multiplied |= {_below_self(given[at]) for name, i in names.items() for at in (i, name) if at in given}
                 if _chain(node.func)[0] not in ("isinstance", "hasattr"):
-                    arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-                    handed_on |= {_below_self(a.value) for a in arguments if _is_weight(a)}
+                    operands = [*node.args, *(keyword.value for keyword in node.keywords)]
+            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+                operands = [node.left, node.right]
             elif _is_weight(node) and id(node) not in looked_at:
                 read.add(_below_self(node.value))
-    # Where code calls a layer and also looks into its weight, only kernels that are handed the weight count.
-    return frozenset((read if _FUSED.search(_source(kind)) else (read - called) | handed_on) - {""})
+            multiplied |= {_below_self(operand.value) for operand in operands if _is_weight(operand)}
+    # Where code calls a layer and also looks into its weight, only products and kernels with the whole weight count.
+    return frozenset((read if _FUSED.search(_source(kind)) else (read - called)) | multiplied) - {""}
+
+
+def _layers_read(function: ast.FunctionDef) -> dict[str, int]:
+    """The arguments of which a method reads the weight, by name with their positions."""
+    names = [argument.arg for argument in function.args.args if argument.arg not in ("self", "cls")]
+    weights = (node.value for node in ast.walk(function) if _is_weight(node))
+    return {node.id: names.index(node.id) for node in weights if isinstance(node, ast.Name) and node.id in names}
 
 
 def _is_weight(node: ast.AST) -> TypeGuard[ast.Attribute]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -189,10 +189,17 @@ def near(name: str, paths: Iterable[str]) -> str:
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 
-def layers_there_are(survey: Survey, kinds: Callable[[SurveyedModule], bool] = lambda m: m.kind == "linear") -> str:
-    """What to pass instead: the names of a model's linear layers, or of its convolutions where it has none."""
-    names = dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", m.path) for m in survey.modules if kinds(m))
-    if names:
-        return f"Pass target_modules; its linear layers are: {', '.join(names)}."
-    convolutions = dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", m.path) for m in survey.modules if m.kind == "conv")
-    return f"Pass target_modules; it has no linear layers; its convolutions are: {', '.join(convolutions) or 'none'}."
+def layers_there_are(survey: Survey) -> str:
+    """What to pass instead: a model's linear layers, or convolutions, or its head; and why others are no choice."""
+    linear, convolutions = (_starred(m.path for m in survey.modules if m.kind == kind) for kind in ("linear", "conv"))
+    kind, names = ("linear layers", linear) if linear else ("convolutions", convolutions)
+    advice = f"Pass target_modules; its {kind} are: {', '.join(names) or 'none'}."
+    if names and all(m.in_head for m in survey.modules if m.kind in ("linear", "conv")):
+        advice = f"Pass head='lora' to adapt its head alone ({', '.join(names)})."
+    others = dict.fromkeys(f"{m.type_name} {m.reason}" for m in survey.modules if m.reason)
+    return f"{advice} Without a choice: {'; '.join(others)}." if others else advice
+
+
+def _starred(paths: Iterable[str]) -> list[str]:
+    """Paths with the numbers of their layers as stars, each once."""
+    return list(dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", path) for path in paths))
