@@ -15,80 +15,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import LottaLoraConfig
-from ..residency.foreign import in_memory, is_foreign, values_of
+from ..residency.foreign import in_memory
 from ..scaffold.tensor import ScaffoldTensor
+from .adapter_tensor import DECAYED, UNDECAYED, AdapterTensor
 from .description import described
 from .functional import without_autocast
-
-# Trainer decides by names alone (`get_decay_parameter_names`): it decays no bias and no norm. And these are norms: a
-# magnitude that of a row or column, beta that of the scaffold, in units of the drawn one.
-UNDECAYED, DECAYED = "norm", "weight"
-
-
-class AdapterTensor(nn.Module):
-    """Beta, a magnitude, or weight or bias of a LayerNorm: a tensor of one adapter, as a module like A and B are.
-
-    Tools find an adapter's parameters by its name between dots, and Trainer what to decay by the last name: it has no
-    other hook. In artifacts the last name does not occur.
-    """
-
-    def __init__(self, value: torch.Tensor, decayed: bool) -> None:
-        super().__init__()
-        self.name = DECAYED if decayed else UNDECAYED
-        self.register_parameter(self.name, nn.Parameter(value))
-
-    @property
-    def value(self) -> nn.Parameter:
-        """The parameter."""
-        parameter: nn.Parameter = getattr(self, self.name)
-        return parameter
+from .magnitude import MagnitudeLayer
+from .merging import MergingLayer
+from .switches import Switches
 
 
-class Switches:
-    """Shared by the layers of a model: the adapters that also train tensors beside them, and who is switching."""
-
-    def __init__(self) -> None:
-        self.trained: set[str] = set()
-        self.by_model = False
-
-    def check(self, call: str) -> None:
-        """Refuse to switch the layers alone.
-
-        Raises:
-            ValueError: adapters train tensors beside the layers, and the model does not know of the call.
-        """
-        if self.trained and not self.by_model:
-            raise ValueError(
-                f"{call} of a layer, or of peft.functional, leaves out what adapters {sorted(self.trained)} train "
-                f"beside the layers: embeddings, head or norms. Call the model's own {call}."
-            )
-
-
-class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
+class ScaffoldLayer(MergingLayer, MagnitudeLayer):
     """What LottaLoRA adds to a PEFT LoRA layer: beta, and a base weight that can be drawn again."""
 
     own_tensors = ("lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias")
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, *own_tensors)
     other_param_names = (*lora.LoraLayer.other_param_names, "residual")
     lora_beta: dict[str, AdapterTensor]  # each of them a ModuleDict
-    lora_magnitude: dict[str, AdapterTensor]
     lora_norm_weight: dict[str, AdapterTensor]
     lora_norm_bias: dict[str, AdapterTensor]
 
-    # How the base weight was drawn; None where a pretrained weight was kept.
-    scaffold: ScaffoldTensor | None = None
     # Whether the base layer computes its output by code of its own, which the adapter goes around.
     own_forward = False
-    # The base weight while adapters are merged into its place, where it cannot be drawn again: a pretrained one that
-    # was kept, or a drawn one that a cast to a smaller dtype has rounded.
-    _unmerged_weight: torch.Tensor | None = None
-    # The same of the base bias, where an adapter that is merged has a bias too.
-    _unmerged_bias: torch.Tensor | None = None
     switches = Switches()  # the model's, once it has placed the layer
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
@@ -222,39 +174,6 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
                 bias = own if bias is None else bias + own
         return bias
 
-    def original_bias(self) -> torch.Tensor:
-        """The base bias without any adapter."""
-        bias: torch.Tensor = self.get_base_layer().bias
-        return bias.detach() if self._unmerged_bias is None else self._unmerged_bias
-
-    def original_weight(self) -> torch.Tensor:
-        """The base weight without any adapter, in the dtype it is held in: drawn again, or the kept one."""
-        weight = self.get_base_layer().weight
-        if not self.merged:
-            return values_of(weight.detach())
-        if self._unmerged_weight is not None:
-            return values_of(self._unmerged_weight)
-        if self.scaffold is None:
-            raise RuntimeError("The weight under a merged adapter is gone; load the base model again.")
-        return self.scaffold.draw(weight.dtype, weight.device)
-
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging adds to W: `(beta - 1) W + scaling * B A`, with DoRA's magnitude and the residual if on.
-
-        In float32 (float64 for a float64 layer), in the layout of W.
-        """
-        original = self.original_weight()
-        exact = torch.promote_types(original.dtype, torch.float32)
-        A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
-        product = self._product(A, B) * self.scaling[adapter]
-        summed = self.lora_beta[adapter].value.detach().to(exact) * original.to(exact) + product
-        if adapter in self.lora_magnitude:
-            summed = self._with_magnitude_in(summed, adapter)
-        if self.residual[adapter] and self._keeps_shape:
-            identity = torch.empty_like(summed)
-            summed = summed + (nn.init.eye_(identity) if summed.dim() == 2 else self._dirac(identity))
-        return summed - original.to(exact)
-
     def _summed_weight(self, adapters: list[str]) -> torch.Tensor:
         """`beta W + scaling B A` of all active adapters, with DoRA's magnitude: W's shape, at least float32."""
         weight = self.get_base_layer().weight
@@ -267,57 +186,6 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
             if adapters[0] in self.lora_magnitude:
                 total = self._with_magnitude_in(total, adapters[0])
         return total
-
-    def _magnitude_is_per_input(self, name: str) -> bool:
-        return name in self.lora_magnitude and self.lora_magnitude[name].value.dim() > 1
-
-    @torch.no_grad()
-    def _norms(self, adapter: str) -> torch.Tensor:
-        """Norms of the rows (or columns) of `beta W + scaling * B A` without forming it; in the magnitude's shape."""
-        W = self.original_weight()
-        W = W.t() if self._weight_is_IO else W.flatten(1)
-        exact = torch.promote_types(W.dtype, torch.float32)
-        A, B = (tensor.to(exact).flatten(1) for tensor in self._pair(adapter))
-        W, A, B = (tensor.unflatten(0, (self._groups, -1)).squeeze(0) for tensor in (W, A, B))
-        if self._magnitude_is_per_input(adapter):
-            W, A, B = W.mT, B.mT, A.mT
-        beta, s = self.lora_beta[adapter].value.to(exact), self.scaling[adapter]
-        W = W.to(exact)
-        with without_autocast(W):
-            cross, low_rank = (W @ A.mT * B).sum(-1), (B @ (A @ A.mT) * B).sum(-1)
-            square = beta**2 * W.square().sum(-1) + 2 * beta * s * cross + s**2 * low_rank
-        return square.clamp_min(torch.finfo(exact).tiny).sqrt().view_as(self.lora_magnitude[adapter].value)
-
-    @property
-    def _groups(self) -> int:
-        """Groups of a convolution: its weight is so many matrices, each of some outputs and inputs."""
-        return int(getattr(self.get_base_layer(), "groups", 1))
-
-    def _magnitude_over_norms(self, name: str) -> torch.Tensor:
-        """DoRA's factor for each output, shape `(O,)`, or each entry of a row, shape `(groups, I / groups, ...)`.
-
-        No gradient passes through the norms, as in PEFT.
-        """
-        return self.lora_magnitude[name].value / self._norms(name)
-
-    def _with_magnitude_in(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        """Multiply a weight in the layout of W by DoRA's factor."""
-        factor = self._magnitude_over_norms(name).to(weight.dtype)
-        if not self._magnitude_is_per_input(name):
-            factor = factor.view(-1, *(1 for _ in weight.shape[1:]))
-        elif self._groups > 1:
-            factor = factor.repeat_interleave(len(weight) // self._groups, dim=0)
-        return weight * (factor.t() if self._weight_is_IO else factor)
-
-    def _with_magnitude(
-        self, y: torch.Tensor, name: str, channels: int = -1, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Multiply y by DoRA's factor per output, if on, and add the bias; `channels` is the dimension of outputs."""
-        shape = [1] * y.dim()
-        shape[channels] = -1
-        if name in self.lora_magnitude and not self._magnitude_is_per_input(name):
-            y = y * self._magnitude_over_norms(name).to(y.dtype).view(shape)
-        return y if bias is None else y + bias.to(y.dtype).view(shape)
 
     def _finished(self, y: torch.Tensor, x: torch.Tensor, adapters: list[str], channels: int = -1) -> torch.Tensor:
         """What follows the layer: residual and LayerNorm; `channels` is the dimension of outputs."""
@@ -348,81 +216,6 @@ class ScaffoldLayer(lora.LoraLayer):  # type: ignore[misc]
     def _product(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         """B A in the layout of W."""
         return (B @ A).t() if self._weight_is_IO else B @ A
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """W <- beta W + scaling * B A, summed in float32 and rounded once.
-
-        Raises:
-            ValueError: an adapter has a LayerNorm, several do not add up, the weight is of a class that PEFT cannot
-                quantise again, or with `safe_merge` the merged weight is not finite; nothing was changed.
-        """
-        adapters = [name for name in check_adapters_to_merge(self, adapter_names) or [] if self._has(name)]
-        if not adapters:
-            return
-        self._check_together([*self.merged_adapters, *adapters])
-        if any(name in self.lora_norm_weight for name in adapters):
-            raise ValueError(f"Adapters {adapters} have a LayerNorm after the layer, which no weight can contain.")
-        weight = self.get_base_layer().weight
-        quantised = is_foreign(weight)
-        if quantised and self.quantization_backend is None:
-            raise ValueError(
-                f"The base weight is a {type(weight).__name__}, and nothing says how to quantise what is merged. Load "
-                "the base model with transformers' quantization_config (torchao), or without quantisation."
-            )
-        original = self.original_weight()
-        merged = self._merged_weight([*self.merged_adapters, *adapters])
-        bias = self._merged_bias([*self.merged_adapters, *adapters])
-        if safe_merge and not (torch.isfinite(merged).all() and (bias is None or torch.isfinite(bias).all())):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
-        if not self.merged and not (self.scaffold is not None and self.scaffold.is_in(original)):
-            self._unmerged_weight = weight.detach() if quantised else original.clone()
-        if quantised:
-            self.set_base_weight(nn.Parameter(merged.to(weight.dtype), requires_grad=False))
-        else:
-            with torch.no_grad():  # not by way of .data: the backward pass of an earlier forward pass must be an error
-                weight.copy_(merged)
-        if bias is not None:
-            self._unmerged_bias = self.original_bias().clone()
-            with torch.no_grad():
-                self.get_base_layer().bias.copy_(bias)
-        self.merged_adapters.extend(adapters)
-
-    def _merged_weight(self, adapters: list[str]) -> torch.Tensor:
-        """What merging makes of the base weight, at least float32."""
-        original = self.original_weight()
-        merged = original.to(torch.promote_types(original.dtype, torch.float32))
-        for name in adapters:
-            merged = merged + self.get_delta_weight(name)
-        return merged
-
-    def _merged_bias(self, adapters: list[str]) -> torch.Tensor | None:
-        """What merging makes of the base bias, None where no adapter has a bias."""
-        if not any(self.lora_bias.get(name) for name in adapters):
-            return None
-        if self.get_base_layer().bias is None:
-            raise ValueError(f"Adapters {adapters} have lora_bias=True, and the layer has no bias to merge it into.")
-        bias = self.original_bias()
-        bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-        for name in adapters:
-            if self.lora_bias[name]:
-                bias = bias + self.scaling[name] * self.lora_B[name].bias.detach().to(bias.dtype)
-        return bias
-
-    def unmerge(self) -> None:
-        """Back to the weight before merging, to the bit."""
-        if not self.merged:
-            super().unmerge()  # warns
-            return
-        if self._unmerged_weight is not None and is_foreign(self._unmerged_weight):
-            self.get_base_layer().weight = nn.Parameter(self._unmerged_weight, requires_grad=False)
-        else:
-            with torch.no_grad():
-                self.get_base_layer().weight.copy_(self.original_weight())
-        if self._unmerged_bias is not None:
-            with torch.no_grad():
-                self.get_base_layer().bias.copy_(self._unmerged_bias)
-        self.merged_adapters.clear()
-        self._unmerged_weight = self._unmerged_bias = None
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import cast
 
 from ..config import LottaLoraConfig
+from .modules import SurveyedModule
 from .patterns import by_pattern, under
 from .plan import AdapterKind, PlannedAdapter
-from .survey import Survey, SurveyedModule
+from .survey import Survey
 from .targets import Targets, check_choice, choose_targets, layers_there_are, near
 
 ADAPTED_HEADS = ("lora", "lora_bias")

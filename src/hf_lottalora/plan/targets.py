@@ -13,9 +13,10 @@ from peft.utils.other import get_pattern_key
 
 from ..config import DefaultTargets, LottaLoraConfig
 from . import targets_0_1
+from .modules import SurveyedModule
 from .patterns import by_pattern
 from .structure import NO_PROJECTION
-from .survey import Survey, SurveyedModule
+from .survey import Survey
 
 # model_type -> names of the attention's projections (paper section 5). Where there is no row, structure decides.
 ATTENTION_PROJECTIONS: dict[str, list[str]] = dict(targets_0_1.ATTENTION_PROJECTIONS)

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..layers.layer import UNDECAYED, AdapterTensor, ScaffoldLayer
+from ..layers.adapter_tensor import UNDECAYED, AdapterTensor
+from ..layers.layer import ScaffoldLayer
 from .model import tuner_of
 
 

@@ -1,0 +1,153 @@
+"""The part of `LottaLoraModel` that says which adapters are active, and which of them learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.attention import ScaffoldAttention
+from ..layers.embedding import TiedHead
+from ..layers.layer import ScaffoldLayer
+from ..layers.switches import Switches
+from ..plan.plan import Plan
+from ..residency.forms import Residency
+from ..scaffold.interrupts import uninterrupted
+from .trained import TrainedTensors
+
+
+class Switching:
+    """PEFT's switches of adapters, with the trained tensors that an adapter has beside its layers."""
+
+    model: nn.Module
+    switches: Switches
+    trained: TrainedTensors
+    plans: dict[str, Plan]
+    residency: Residency
+    active_adapters: list[str]
+    _layers_disabled: bool
+    _frozen: list[torch.Tensor]  # while layers are disabled: what was not trained before
+    _restore_residency: Callable[[], None]
+
+    @contextmanager
+    def _switching(self) -> Iterator[None]:
+        outer, self.switches.by_model = self.switches.by_model, True
+        try:
+            yield
+        finally:
+            self.switches.by_model = outer
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, with the trained tensors of the one that has any.
+
+        Raises:
+            ValueError: two of them train copies of the same tensor.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        owner = None if self._layers_disabled else self.trained.owner_among(names)
+        self.trained.check_installable(self.model, owner)
+        self._frozen = []  # another choice since
+        with self._switching():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)  # type: ignore[misc]
+        self.trained.install(self.model, owner)
+        self._set_trained_grad(names, not inference_mode)
+        self._restore_residency()  # PEFT has unmerged layers, and base values are back where trained copies stood
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self.trained.check_installable(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
+        uninterrupted(lambda: self._switch_layers(enabled))
+
+    def _switch_layers(self, enabled: bool) -> None:
+        if not enabled and not self._layers_disabled:
+            layers = [module for module in self.model.modules() if isinstance(module, ScaffoldLayer)]
+            adapters = [p for layer in layers for name in layer.lora_beta for p in layer.adapter_parameters(name)]
+            trained = [p for name in self.plans for p in self.trained.parameters_of(self.model, name).values()]
+            self._frozen = [parameter for parameter in (*adapters, *trained) if not parameter.requires_grad]
+        self._layers_disabled = not enabled
+        with self._switching():
+            super()._enable_adapter_layers(enabled)  # type: ignore[misc]
+        self.trained.install(self.model, self.trained.owner_among(self.active_adapters) if enabled else None)
+        self._set_trained_grad(self.active_adapters, enabled)
+        if enabled:
+            for parameter in self._frozen:  # PEFT trains whatever it enables
+                parameter.requires_grad_(False)
+            self._restore_residency()  # a merged layer that ran while adapters were off has unmerged itself
+            self._frozen = []
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's, without its warning: trained biases are the base model's again, too."""
+        self._enable_adapter_layers(enabled=False)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Enable or disable gradients on adapters and their trained tensors."""
+        with self._switching():
+            super().set_requires_grad(adapter_names, requires_grad)  # type: ignore[misc]
+        self._set_trained_grad([adapter_names] if isinstance(adapter_names, str) else adapter_names, requires_grad)
+
+    def _parameters_of(self, adapter_name: str) -> Iterator[torch.Tensor]:
+        """All of one adapter, in an order that its plan decides."""
+        for module in self.model.modules():
+            if isinstance(module, ScaffoldLayer):
+                yield from module.adapter_parameters(adapter_name)
+        yield from self.trained.parameters_of(self.model, adapter_name).values()
+
+    def _set_trained_grad(self, adapters: list[str], requires_grad: bool) -> None:
+        for name in adapters:
+            for parameter in self.trained.parameters_of(self.model, name).values():
+                parameter.requires_grad_(requires_grad)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's makes new, trainable parameters of an embedding's A and B: keep what was frozen frozen."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, ScaffoldLayer)]
+        frozen = [[not p.requires_grad for p in layer.adapter_parameters(adapter_name)] for layer in layers]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
+        for layer, flags in zip(layers, frozen, strict=True):
+            for parameter, flag in zip(layer.adapter_parameters(adapter_name), flags, strict=True):
+                parameter.requires_grad_(not flag)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and its trained tensors; another one becomes active if it was."""
+        self.trained.check_removable(self.model, adapter_name)
+        was_active = adapter_name in self.active_adapters
+        with self._switching():
+            super().delete_adapter(adapter_name)  # type: ignore[misc]
+        self.switches.trained.discard(adapter_name)
+        self.trained.remove(self.model, adapter_name)
+        self.plans.pop(adapter_name, None)
+        if was_active and self.active_adapters:
+            self.set_adapter(self.active_adapters)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self.residency != "dense" and torch.compiler.is_compiling():
+            raise RuntimeError("torch.compile needs a scaffold in memory. Call set_residency('dense') first.")
+        names = set(kwargs.get("adapter_names") or ())
+        owners = sorted(name for name in {*names, self.trained.installed} if self.trained.planned.get(name or ""))
+        if names and owners:
+            raise ValueError(
+                f"adapter_names cannot mix rows while adapters {owners} take part: each has its own copy of whole "
+                "trained tensors (head, embeddings or norms). Run them one after the other with set_adapter."
+            )
+        attention = next((p for p, m in self.model.named_modules() if isinstance(m, ScaffoldAttention)), None)
+        if names and attention is not None:
+            raise ValueError(
+                f"adapter_names is not supported with adapters on nn.MultiheadAttention, as in {attention!r}: they are "
+                "summed into its matrices, one sum for all rows. Run the adapters one after the other with set_adapter."
+            )
+        if names and any(isinstance(module, TiedHead) for module in self.model.modules()):
+            raise ValueError(
+                "adapter_names is not supported with embeddings='lora' and a tied head, which has one adapter at a "
+                "time. Run the adapters one after the other with set_adapter."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):  # type: ignore[misc]
+            yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: beta scales the scaffold itself, so a weighted sum of adapters is not an adapter of this form."""
+        raise ValueError(
+            "add_weighted_adapter is not supported: a LottaLoRA adapter also scales the scaffold (beta) and brings its "
+            "own trained tensors, and these do not add up like LoRA deltas."
+        )
