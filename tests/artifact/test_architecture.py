@@ -86,3 +86,4 @@ def test_a_padding_token_that_is_set_later_moves_no_row(options: dict[str, Any],
     again = AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(model))
     again.verify_scaffold(full=True)
+    assert {m.padding_idx for m in again.modules() if isinstance(m, torch.nn.Embedding)} == {None}  # row 5 learns

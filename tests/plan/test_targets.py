@@ -82,8 +82,8 @@ def test_each_chosen_layer_is_called_and_learns(name: str) -> None:
     assert len(B) >= len(called) and [n for n, p in B.items() if p.grad is None or not p.grad.any()] == []
 
 
-# deepseek_v3's row names two of seven projections, gemma3's leaves out the vision tower.
-@pytest.mark.parametrize("name", sorted(targets.ATTENTION_PROJECTIONS.keys() - {"deepseek_v3", "gemma3"}))
+# gemma3's row leaves out the vision tower.
+@pytest.mark.parametrize("name", sorted(targets.ATTENTION_PROJECTIONS.keys() - {"gemma3"}))
 @pytest.mark.filterwarnings("ignore")
 def test_structure_finds_what_the_table_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row of the table was read by eye: it says what the rule should find."""
@@ -285,3 +285,86 @@ def test_excluded_layers_stay_out_of_every_rule() -> None:
     olmo = T.Olmo2Model(T.Olmo2Config(**SIZES))
     assert not any("k_proj" in p for p in make_plan(olmo, config(exclude_modules=["k_proj"])).targets)
     assert ids().shape == (2, 7)
+
+
+# ---- what code hides ----------------------------------------------------------------------------------------------------
+
+
+class Loops(nn.Module):
+    """Reads weights through names, loops and indices, of which the first argument is not called self."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looped, self.indexed = (nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(2))
+        self.renamed, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(this, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
+        for layer in this.looped:
+            x = nn.functional.linear(x, layer.weight, layer.bias)
+        for i in range(2):
+            x = x @ this.indexed[i].weight.T
+        other = this.renamed
+        return this.called(nn.functional.linear(x, other.weight))
+
+
+def test_weights_that_are_read_through_other_names() -> None:
+    found = {"looped.0", "looped.1", "indexed.0", "indexed.1", "renamed"}
+    assert weights_read(Loops()) == found
+    assert make_plan(Loops(), config(target_modules="all-linear")).targets == ("called",)
+
+
+class ReadingHead(nn.Module):
+    """Multiplies with the table of its embedding, which it also calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lin = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(self.emb(x)) @ self.emb.weight.t()
+
+
+@pytest.mark.parametrize("options", [{"embeddings": "lora"}, {"embeddings": "frozen", "trainable_token_indices": [7]}])
+def test_a_table_that_a_head_reads_carries_no_adapter(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="reads the table of 'emb' without calling it, and would miss the adapter"):
+        make_plan(ReadingHead(), config(target_modules=["lin", "emb"], scale=0.1))
+    sizes = {**SIZES, "embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16}
+    heads = (
+        T.MobileBertForMaskedLM(T.MobileBertConfig(**sizes)),
+        T.DebertaForMaskedLM(T.DebertaConfig(**SIZES, legacy=False)),
+    )
+    for model in heads:
+        with pytest.raises(ValueError, match="without calling it, and would miss the adapter. Pass embeddings='train'"):
+            make_plan(model, config(**options))
+    make_plan(bert(), config(**options))  # whose head is none
+
+
+def test_source_that_cannot_be_read_is_said() -> None:
+    space: dict[str, Any] = {"nn": nn}
+    exec("class Made(nn.Sequential):\n    def forward(self, x):\n        return super().forward(x)", space)
+    with pytest.warns(UserWarning, match="The source of Made cannot be read"):
+        make_plan(space["Made"](nn.Linear(4, 4)), config(target_modules="all-linear"))
+    make_plan(space["Made"](nn.Linear(4, 4)), config(target_modules=["0"]))  # warnings are errors
+
+
+def test_hooks_that_an_adapter_would_pass_by() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), torch.nn.utils.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    net[0].register_forward_hook(lambda module, args, output: output * 2)
+    for name in ("0", "1"):
+        with pytest.raises(ValueError, match=rf"matches '{name}', a Linear, whose forward has hooks, which an adapter"):
+            get_peft_model(net, config(target_modules=[name]))
+    assert all(type(layer) is nn.Linear for layer in net)
+    assert make_plan(net, config(target_modules="all-linear")).targets == ("2",)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_planning_changes_nothing_under_norms_of_every_kind() -> None:
+    utils = torch.nn.utils
+    net = nn.Sequential(
+        utils.parametrizations.spectral_norm(nn.Linear(8, 8)), utils.spectral_norm(nn.Linear(8, 8)),
+        utils.parametrizations.weight_norm(nn.Linear(8, 8)), utils.weight_norm(nn.Conv1d(8, 8, 3)), nn.Linear(8, 8),
+    )  # fmt: skip
+    net[:3](torch.ones(1, 8))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert make_plan(net.train(), config(target_modules=["4"])).targets == ("4",)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -39,7 +39,7 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> t
                     f"{module.path!r} is one module in several places ({', '.join(module.places)}): an adapter would "
                     "take one of them, and miss the others. Leave it out of target_modules, or give each its own."
                 )
-            if module.is_read:
+            if module.is_read and module.kind != "embedding":
                 raise ValueError(
                     f"target_modules matches {module.path!r}, whose weight {survey.class_name} reads without calling "
                     "the module, so that an adapter would do nothing. Leave it out of target_modules."
@@ -114,6 +114,13 @@ def _check_looked_up_here(module: SurveyedModule, survey: Survey) -> None:
         return
     users = next(t.aliases for t in survey.tensors if f"{module.path}.weight" in t.aliases)
     tied = [m for m in survey.modules if f"{m.path}.weight" in users]
+    read = next((m.path for m in tied if m.is_read), None)
+    if read is not None:
+        raise ValueError(
+            f"An adapter on {module.path!r} is not supported: code of {survey.class_name} reads the table of {read!r} "
+            "without calling it, and would miss the adapter. Pass embeddings='train' or 'frozen', and leave it out of "
+            "target_modules and trainable_token_indices."
+        )
     others = [place for m in tied if m.kind == "embedding" or len(m.places) > 1 for place in m.places]
     if len(others) > 1:
         raise ValueError(
@@ -135,7 +142,7 @@ def _trained_rows(
             raise ValueError(f"trainable_token_indices names {name!r}, but {survey.class_name} has no such module.")
         for module in modules:
             whole, where = under(module.path, extra), f"trainable_token_indices names rows of {module.path!r}"
-            if module.kind != "embedding" or module.is_read:
+            if module.kind != "embedding":
                 raise ValueError(
                     f"{where}, a {module.type_name}. Rows are trained of an nn.Embedding that looks ids up; a head "
                     "that is tied to it follows."

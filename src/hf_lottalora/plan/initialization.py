@@ -102,6 +102,9 @@ def architecture_init(model: nn.Module, matrices: set[int]) -> dict[int, Initial
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone()
     for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:  # of the old weight_norm: cannot be copied
+                memo[id(value)] = value.detach().clone()
         if hasattr(module, "_hf_hook"):  # Accelerate's: it may hold all weights that are offloaded
             memo[id(module._hf_hook)] = module._hf_hook
     twins = [memo[id(tensor)] for tensor in live]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ def surveyed_modules(model: nn.Module, in_head: Callable[[str], bool]) -> Iterat
         for name, child in parent._modules.items():
             places.setdefault(id(child), []).append(f"{path}.{name}" if path else name)
     for path, module in clean_modules(model):
-        weight = getattr(module, "weight", None)
+        weight = weight_of(module)
         if id(module) in seen or not (isinstance(weight, torch.Tensor) or isinstance(module, RECURRENT)):
             continue
         seen.add(id(module))
@@ -73,6 +73,8 @@ def surveyed_modules(model: nn.Module, in_head: Callable[[str], bool]) -> Iterat
             reason = why_not_around(module) if own_forward else None
             if is_parametrized(module, "weight"):
                 reason = "reads a weight that torch.nn.utils.parametrize computes"
+            elif module._forward_hooks or module._forward_pre_hooks:
+                reason = "has hooks, which an adapter would pass by: register yours after get_peft_model"
         if past_forward or reason is not None:
             pass
         elif isinstance(module, nn.Linear):
@@ -105,6 +107,14 @@ def surveyed_modules(model: nn.Module, in_head: Callable[[str], bool]) -> Iterat
             mixes_tokens=any(place in mixing for place in where),
             is_read=any(place in read for place in where),
         )
+
+
+def weight_of(module: nn.Module) -> Any:
+    """A module's weight; what it is computed from where it is: a look may change its state (spectral norm)."""
+    if not is_parametrized(module, "weight"):
+        return getattr(module, "weight", None)
+    held: Any = module.parametrizations
+    return max(held.weight._parameters.values(), key=torch.Tensor.numel)  # weight norm: the direction
 
 
 def _looks_up_ids(module: nn.Embedding) -> bool:

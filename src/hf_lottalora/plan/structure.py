@@ -71,12 +71,36 @@ def _projections(module: nn.Module, path: str = "") -> Iterator[str]:
 
 
 def weights_read(model: nn.Module) -> set[str]:
-    """Paths of modules whose weight some other module's code reads without calling them, always or on some path."""
+    """Paths of modules whose weight some other module's code reads without calling them, always or on some path.
+
+    Of embeddings also those that are called too: a head that multiplies with their table would miss an adapter.
+    """
     found = set()
     for path, module in model.named_modules(remove_duplicate=False):
         kind: Any = type(module)
-        found |= {f"{path}.{below}" if path else below for below in _weights_read_by(kind)}
+        layers, tables = _weights_read_by(kind)
+        for below in layers | tables:
+            for place, part in _below(module, below.split(".")):
+                if below in layers or isinstance(part, nn.Embedding):
+                    found.add(f"{path}.{place}" if path else place)
     return found
+
+
+def unread_classes(model: nn.Module) -> set[str]:
+    """Names of the classes whose code cannot be read, so that nothing is known of what they call."""
+    kinds: set[Any] = {type(module) for module in model.modules() if len(module._modules)}
+    return {kind.__name__ for kind in kinds if not kind.__module__.startswith("torch.") and not _source(kind)}
+
+
+def _below(module: nn.Module, parts: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below one that a path with stars means, with their paths."""
+    if not parts:
+        yield "", module
+        return
+    for name, child in module._modules.items():
+        if child is not None and parts[0] in ("*", name):
+            for place, part in _below(child, parts[1:]):
+                yield f"{name}.{place}" if place else name, part
 
 
 @cache
@@ -86,31 +110,49 @@ def _calls_mixer(kind: Any) -> bool:
 
 
 @cache
-def _weights_read_by(kind: Any) -> frozenset[str]:
+def _weights_read_by(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """Paths below a module, stars for any child: of layers that an adapter would not reach; of all it looks into."""
     functions = list(_functions(kind))
     readers = {function.name: _layers_read(function) for function in functions}
-    read, called, multiplied = set(), set(), set()
+    read, called, multiplied, handed_on = set(), set(), set(), set()
     for function in functions:
+        names = _names(function)
         looked_at = {
             id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in _LOOKS
         }
         for node in ast.walk(function):
             operands: list[ast.expr] = []
             if isinstance(node, ast.Call):
-                called.add(_below_self(node.func))
-                names = readers.get(_below_self(node.func), {})
+                called.add(_path(node.func, names))
                 given: dict[Any, ast.expr] = dict(enumerate(node.args))
                 given.update({keyword.arg: keyword.value for keyword in node.keywords})
-                multiplied |= {_below_self(given[at]) for name, i in names.items() for at in (i, name) if at in given}
+                lent = readers.get(_path(node.func, names), {})
+                multiplied |= {_path(given[at], names) for name, i in lent.items() for at in (i, name) if at in given}
                 if _chain(node.func)[0] not in ("isinstance", "hasattr"):
-                    operands = [*node.args, *(keyword.value for keyword in node.keywords)]
+                    operands = list(given.values())
+                    handed_on |= {_path(operand, names) for operand in operands}
             elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
                 operands = [node.left, node.right]
             elif _is_weight(node) and id(node) not in looked_at:
-                read.add(_below_self(node.value))
-            multiplied |= {_below_self(operand.value) for operand in operands if _is_weight(operand)}
+                read.add(_path(node.value, names))
+            multiplied |= {_path(operand.value, names) for operand in operands if _is_weight(operand)}
     # Where code calls a layer and also looks into its weight, only products and kernels with the whole weight count.
-    return frozenset((read if _FUSED.search(_source(kind)) else (read - called)) | multiplied) - {""}
+    past = (read if _FUSED.search(_source(kind)) else read - called) | multiplied
+    return frozenset(past - {""}), frozenset((read | handed_on) - {""})
+
+
+def _names(function: ast.FunctionDef) -> dict[str, str]:
+    """What names in a method stand for, as paths below its module: itself, parts of it, and loops over them."""
+    names = {function.args.args[0].arg: ""} if function.args.args else {}
+    for node in ast.walk(function):
+        target, value, star = None, None, ""
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            target, value = node.targets[0], node.value
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            target, value, star = node.target, node.iter, ".*"
+        if isinstance(target, ast.Name) and value is not None and (path := _path(value, names)):
+            names[target.id] = path + star
+    return names
 
 
 def _layers_read(function: ast.FunctionDef) -> dict[str, int]:
@@ -124,10 +166,12 @@ def _is_weight(node: ast.AST) -> TypeGuard[ast.Attribute]:
     return isinstance(node, ast.Attribute) and node.attr == "weight"
 
 
-def _below_self(node: ast.expr) -> str:
-    """The path `a.b` of `self.a.b`, "" for anything else."""
+def _path(node: ast.expr, names: dict[str, str]) -> str:
+    """The path of `self.a.b`, or of what a name stands for, below a method's module; "" for anything else."""
     *parts, root = _chain(node)
-    return ".".join(reversed(parts)) if root == "self" else ""
+    if root not in names:
+        return ""
+    return ".".join(part for part in (names[root], *reversed(parts)) if part)
 
 
 def _functions(kind: Any) -> Iterator[ast.FunctionDef]:
@@ -138,10 +182,10 @@ def _functions(kind: Any) -> Iterator[ast.FunctionDef]:
 
 
 def _chain(node: ast.expr) -> list[str]:
-    """`self.a.b` as ["b", "a", "self"], [""] for what is no such chain."""
+    """`self.a[i].b` as ["b", "*", "a", "self"], [..., ""] for what is no such chain."""
     parts = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        parts.append(node.attr if isinstance(node, ast.Attribute) else "*")
         node = node.value
     return [*parts, node.id if isinstance(node, ast.Name) else ""]
 

@@ -21,7 +21,8 @@ from ..paths import clean_modules, owner_of
 from ..residency.foreign import OFFLOADED, foreign_tensors
 from .bases import check_unwrapped
 from .initialization import InitialValue, architecture_init
-from .modules import RECURRENT, SurveyedModule, surveyed_modules
+from .modules import RECURRENT, SurveyedModule, surveyed_modules, weight_of
+from .structure import unread_classes
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "parameter", "buffer"]
 
@@ -82,6 +83,7 @@ class Survey:
         initializer_range: standard deviation of the architecture's own random init, None for a plain `nn.Module`.
         pretrained_from: where its weights were loaded from, None if nowhere.
         input_embeddings, output_embeddings: module paths, where the architecture names them.
+        unread_classes: whose code could not be read, by name.
     """
 
     tensors: tuple[SurveyedTensor, ...]
@@ -92,6 +94,7 @@ class Survey:
     pretrained_from: str | None
     input_embeddings: str | None
     output_embeddings: str | None
+    unread_classes: tuple[str, ...] = ()
 
     @property
     def model_type(self) -> str | None:
@@ -188,6 +191,7 @@ def survey_model(model: nn.Module) -> Survey:
         pretrained_from=_pretrained_from(model),
         input_embeddings=names.get(id(input_embeddings)),
         output_embeddings=names.get(id(output_embeddings)),
+        unread_classes=tuple(sorted(unread_classes(model))),
     )
 
 
@@ -252,7 +256,7 @@ def _is_arbitrary(tensor: torch.Tensor, init: InitialValue) -> bool:
 
 
 def _fans(module: nn.Module, tensor: torch.Tensor) -> dict[str, int]:
-    weight = getattr(module, "weight", None)
+    weight = weight_of(module)
     if isinstance(module, (nn.Linear, Conv1D, _ConvNd)) and isinstance(weight, torch.Tensor):
         shape = weight.shape
         if isinstance(module, Conv1D):

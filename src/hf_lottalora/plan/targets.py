@@ -19,7 +19,8 @@ from .structure import NO_PROJECTION
 from .survey import Survey
 
 # model_type -> names of the attention's projections (paper section 5). Where there is no row, structure decides.
-ATTENTION_PROJECTIONS: dict[str, list[str]] = dict(targets_0_1.ATTENTION_PROJECTIONS)
+# 0.1's rows but for deepseek_v3's, which named one of its five projections.
+ATTENTION_PROJECTIONS = {k: v for k, v in targets_0_1.ATTENTION_PROJECTIONS.items() if k != "deepseek_v3"}
 
 _EMBEDS = re.compile(r"(^|\.)[^.]*embed[^.]*(\.|$)", re.IGNORECASE)
 
@@ -147,6 +148,12 @@ def check_choice(survey: Survey, config: LottaLoraConfig, targets: Targets) -> N
     """Warn of names and layers that match nothing beside others that do, as PEFT's lists for several models may."""
     if config.resolved_targets is not None:
         return
+    if survey.unread_classes and targets.rule.startswith(("by structure", "all-linear")):
+        warnings.warn(
+            f"The source of {', '.join(survey.unread_classes)} cannot be read, so it is unknown which layers attend "
+            "there and whether all are called. Look at print(model.get_plan()), or pass target_modules by name.",
+            stacklevel=2,
+        )
     paths = {place for module in survey.modules for place in module.places}
     for option in ("target_modules", "exclude_modules"):
         names = getattr(config, option) or ()
@@ -186,7 +193,7 @@ def near(name: str, paths: Iterable[str]) -> str:
     """
     parts = name.count(".") + 1
     ends = {".".join(path.split(".")[-parts:]) for path in paths}
-    close = get_close_matches(name, sorted(ends), n=1, cutoff=0.75)
+    close = get_close_matches(name, sorted(ends - {name}), n=1, cutoff=0.75)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 

@@ -136,6 +136,10 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
             if config.scaffold_digests is None:  # an artifact that is loaded was made over this base on purpose
                 warn_of_losses(plan, config)
             materialise(model, plan, config.residency)
+            for tensor in plan.tensors if config.padding_rows is not None else ():
+                owner, _ = owner_of(model, tensor.path)
+                if isinstance(owner, nn.Embedding):  # config.json may have built another, whose row would not learn
+                    owner.padding_idx = tensor.survey.zero_row
             self.residency = config.residency
             self.survey = survey
             self.first_config, self.first_plan = config, plan
