@@ -78,7 +78,7 @@ def found(model_type: str) -> tuple[type[nn.Module], dict[str, torch.Tensor]]:
             if not torch.equal(once, twice):
                 reasons.append("not deterministic in evaluation")
             elif not trains(model, batch):
-                reasons.append("its own training fails")
+                reasons.append("its own backward pass fails")
             elif not torch.isfinite(once).all():
                 reasons.append("not finite")
             else:
@@ -93,13 +93,12 @@ def built(cls: type[nn.Module], model_type: str, seed: int = 0) -> nn.Module:
 
 
 def trains(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
-    """Whether a backward pass without any adapter runs; RWKV's code overwrites what it needs."""
+    """Whether a backward pass without any adapter runs in evaluation; RWKV's code overwrites what it needs."""
     try:
-        main_output(model.train()(**batch)).float().square().mean().backward()
+        main_output(model(**batch)).float().square().mean().backward()
     except Exception:
         return False
     finally:
-        model.eval()
         model.zero_grad()
     return True
 
@@ -118,7 +117,7 @@ def life(
         model = get_peft_model(built(cls, model_type), WAYS[way]())
         if way != "PEFT LoRA":
             plan = model.get_plan()
-            facts = {"rule": plan.rule, "targets": condensed(plan.targets)}
+            facts = {"rule": plan.rule, **({"targets": condensed(plan.targets)} if way == "default" else {})}
         stage = "train"
         facts |= trained(model, batch)
         stage = "save"
