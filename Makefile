@@ -11,7 +11,7 @@ export LOTTALORA_DATA ?= $(abspath $(wildcard ../shared/data))
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 OLDEST_VENV = .venv-oldest
-PYTEST = -m pytest -m "not slow" $(PYTEST_ARGS)
+PYTEST = -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 
 # Small networks: more threads do not pay off, and waiting threads should sleep when the machine is busy.
 demo test test-oldest: export OMP_NUM_THREADS ?= 2

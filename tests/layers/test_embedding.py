@@ -197,7 +197,9 @@ def test_other_tables_can_be_named_too(tmp_path: Path) -> None:
 def test_a_table_that_is_read_past_its_module_is_refused() -> None:
     sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     model = DebertaModel(DebertaConfig(**sizes, num_attention_heads=2, relative_attention=True, pos_att_type=["c2p"]))
-    with pytest.raises(ValueError, match="'encoder.rel_embeddings', whose weight DebertaModel reads without calling"):
+    with pytest.raises(
+        ValueError, match="code of DebertaModel reads the table of 'encoder.rel_embeddings' without calling"
+    ):
         make_plan(model, config(target_modules=["rel_embeddings"]))
 
 

@@ -146,7 +146,8 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         config._plan = self.plans[adapter_name] = plan
         # Also where it is None: PEFT's task classes would fill it later, and wrap the head once more.
         config.modules_to_save = _Handled(dict.fromkeys(_as_list(config.modules_to_save)))
-        if config.token_indices is not None:
+        # Not where no embedding takes part: PEFT asks for the token embedding then, which not every architecture names.
+        if config.token_indices is not None or any(adapter.kind == "embedding" for adapter in plan.adapters):
             config.trainable_token_indices = _HandledTokens(config.token_indices)
         config._values_follow = False  # the config may be used for another model
         self.trained.add(model, adapter_name, plan, start)
