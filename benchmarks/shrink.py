@@ -89,7 +89,10 @@ def shrunk_config(model_type: str) -> Any:
     config = AutoConfig.for_model(model_type)
     small = _shrunk(config.to_dict())
     small.update(copy.deepcopy(SPECIAL.get(model_type, {})))
-    return type(config).from_dict(small)
+    result = type(config).from_dict(small)
+    if not hasattr(result, "pad_token_id"):  # transformers 5.0 left it out, where models ask for it
+        result.pad_token_id = None
+    return result
 
 
 def _shrunk(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,29 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_lottalora import AutoLottaLoraModelForCausalLM
 
 
-class DerivedConfig(LlamaConfig):
-    """Derives a value where none is given, as Moshi and PaliGemma do; a file has the value."""
+def built_with(name: str, derive: Callable[[Any], None]) -> type[LlamaConfig]:
+    """A configuration that does something more when it is built; transformers 5.0's were no dataclasses yet."""
+    hook = "__post_init__" if hasattr(LlamaConfig, "__post_init__") else "__init__"
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.limits = [0.0, math.inf]
-        self.layer_widths = tuple(range(self.num_hidden_layers))
+    def build(self: LlamaConfig, **kwargs: Any) -> None:
+        getattr(LlamaConfig, hook)(self, **kwargs)
+        derive(self)
+
+    return type(name, (LlamaConfig,), {hook: build})
 
 
-class ForgetfulConfig(LlamaConfig):
-    """Counts how often it was built: no file can give that back."""
+def derive(self: Any) -> None:
+    """As Moshi and PaliGemma derive values; and an infinity, as Nemotron-H has."""
+    self.limits = [0.0, math.inf]
+    self.layer_widths = tuple(range(self.num_hidden_layers))
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.built = getattr(self, "built", 0) + 1
+
+def count(self: Any) -> None:
+    """How often it was built: no file can give that back."""
+    self.built = getattr(self, "built", 0) + 1
+
+
+DerivedConfig, ForgetfulConfig = built_with("DerivedConfig", derive), built_with("ForgetfulConfig", count)
 
 
 def model_of(kind: type[LlamaConfig], **changes: Any) -> LlamaForCausalLM:
