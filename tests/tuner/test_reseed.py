@@ -207,3 +207,12 @@ def test_under_weight_norm() -> None:
         pass
     with pytest.raises(ValueError, match="which family='zero' cannot make"):
         get_peft_model(module(), config(family="zero", init_lora_weights=False, **options))
+
+
+def test_for_good_is_not_said_within_a_context() -> None:
+    model = get_peft_model(llama(), config())
+    for context in (model.scaffold_seed(43), model.scaffold_off()):
+        with context, pytest.raises(ValueError, match="which restore the scaffold at their end, it cannot be changed"):
+            model.set_scaffold_seed(50)
+        assert model.get_plan().seed == 42
+        model.verify_scaffold()

@@ -52,10 +52,16 @@ class SeedSwitching:
 
         Raises:
             TypeError: the seed is not an integer.
-            ValueError: it is out of range, nothing is drawn (`redraw="none"`), or adapters are merged.
+            ValueError: it is out of range, nothing is drawn (`redraw="none"`), adapters are merged, or a context that
+                restores the scaffold is open.
         """
         seed = check_seed(seed)
         self._check_switchable()
+        if self._switched:
+            raise ValueError(
+                "Within scaffold_seed or scaffold_off, which restore the scaffold at their end, it cannot be changed "
+                "for good. Call set_scaffold_seed outside, or open another scaffold_seed."
+            )
         restore = self._restorer()
         try:
             self._switch(seed)
