@@ -38,7 +38,10 @@ def _refuse_push_on_save() -> None:
                 "save_pretrained does not push to the hub, and nothing was written. Save without push_to_hub=True, and "
                 "call model.push_to_hub('user/name'), which takes private, token, revision, commit_message, create_pr."
             )
-        save(self, save_directory, *args, **kwargs)
+        from .artifact.manifest import for_a_file
+
+        with for_a_file():
+            save(self, save_directory, *args, **kwargs)
 
     PeftModel.save_pretrained = save_pretrained
 

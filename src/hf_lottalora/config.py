@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import warnings
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol, get_type_hints
@@ -51,6 +53,14 @@ class ArtifactFiles(Protocol):
 
 # Puts itself in here when it is imported: it stands above this file, which imports nothing of it.
 artifact_files: ArtifactFiles = None  # type: ignore[assignment]
+
+
+# Fields that do not decide which model it is: where it was, what wrote it, where it goes; and digests, which the
+# manifest has anyway.
+_NOT_OPTIONS = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "kept_digests", "lottalora_version", "peft_version",
+    "residency", "revision", "runtime_config", "scaffold_digests",
+}  # fmt: skip
 
 
 class DefaultTargets(set[str]):
@@ -247,6 +257,7 @@ class LottaLoraConfig(LoraConfig):
         self._custom_modules = {nn.Module: _refuse_lora_tuner}  # asked by PEFT's LoraModel, not by ours
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
         self._artifact_architecture: str | None = None  # path of its config.json
+        self._manifest: dict[str, Any] | None = None  # of the artifact that it comes from, which was checked
         self._values_follow = False  # a file has them, so no starting values are drawn
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
@@ -314,8 +325,16 @@ class LottaLoraConfig(LoraConfig):
         entries["target_modules"] = _listed(entries["target_modules"])
         entries["exclude_modules"] = _listed(entries["exclude_modules"])
         entries["trainable_token_indices"] = self.token_indices
-        entries["modules_to_save"] = None if self.modules_to_save is None else list(self.modules_to_save) or None
+        names = self.modules_to_save  # to which PEFT appends those of a task, again and again
+        entries["modules_to_save"] = None if names is None else list(dict.fromkeys(names)) or None
         return entries
+
+    def decisive_options(self) -> dict[str, Any]:
+        """The options that decide which model it is, as JSON has them; the artifact's manifest holds them too."""
+        entries = {key: value for key, value in self.to_dict().items() if key not in _NOT_OPTIONS}
+        if isinstance(self.target_modules, DefaultTargets):
+            entries["target_modules"] = None
+        return dict(json.loads(json.dumps(entries)))
 
     @classmethod
     def from_pretrained(
@@ -332,6 +351,32 @@ class LottaLoraConfig(LoraConfig):
             artifact_files.check_artifact_files(config, pretrained_model_name_or_path, subfolder, **kwargs)
         return config  # type: ignore[no-any-return]
 
+    def as_saved(self) -> LottaLoraConfig:
+        """With what is recorded of the model that it is used for, if any."""
+        recorded: dict[str, Any] = {}
+        if self._plan is not None:
+            recorded = {**self._plan.recorded_digests(), "other_dtypes": self._other_dtypes}
+            recorded["resolved_targets"] = list(self._plan.targets)
+            recorded["padding_rows"] = self._plan.padding_rows
+            recorded |= self._as_planned(recorded.keys())
+        if isinstance(self.target_modules, DefaultTargets):
+            recorded["target_modules"] = None
+        return dataclasses.replace(self, **recorded)
+
+    def _as_planned(self, but: Container[str]) -> dict[str, Any]:
+        """Options that were changed since the model was made of them, as they were."""
+        now, planned = self.decisive_options(), self._plan.options
+        changed = {key: value for key, value in planned.items() if key not in but and now.get(key) != value}
+        if changed:
+            names = ", ".join(f"{key}={now.get(key)!r}" for key in changed)
+            warnings.warn(
+                f"{names} was set after the model was made with {', '.join(f'{k}={v!r}' for k, v in changed.items())}. "
+                "It has no effect, and the artifact says what the model was made with.",
+                UserWarning,
+                stacklevel=4,
+            )
+        return changed
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`; called last by `PeftModel.save_pretrained`, it also completes the artifact
         (`config.json`, model card).
@@ -340,16 +385,9 @@ class LottaLoraConfig(LoraConfig):
             ValueError: the weights were pickled (`safe_serialization=False`).
         """
         artifact_files.check_not_pickled(save_directory)
-        recorded: dict[str, Any] = {}
-        if self._plan is not None:
-            recorded = {**self._plan.recorded_digests(), "other_dtypes": self._other_dtypes}
-            recorded["resolved_targets"] = list(self._plan.targets)
-            recorded["padding_rows"] = self._plan.padding_rows
-        if isinstance(self.target_modules, DefaultTargets):
-            recorded["target_modules"] = None
         if self.redraw == "all":
             self.base_model_name_or_path = None  # nothing of it survives
-        saved = dataclasses.replace(self, **recorded, lottalora_version=_package_version())
+        saved = dataclasses.replace(self.as_saved(), lottalora_version=_package_version())
         LoraConfig.save_pretrained(saved, str(save_directory), **kwargs)
         if self._plan is not None:
             artifact_files.complete_artifact(self._plan, save_directory, self._saved_dtype)

@@ -1,40 +1,45 @@
-"""Whether a base model has the architecture that an artifact was made over."""
+"""Whether a base model, and an artifact's `config.json`, have the architecture that the artifact was made over."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from ..plan.canonical import first_change, read_back
+from ..plan.canonical import first_change, first_contradiction, read_back
 from .hollow import hollow
 
 
-def check_architecture(file: str | None, model: nn.Module) -> None:
-    """Compare the artifact's `config.json` with the base model's configuration, where both know a key.
+def check_architecture(content: Mapping[str, Any], file: str | None, model: nn.Module) -> None:
+    """Compare the base model's configuration with the manifest of an artifact, or with the `config.json` of 0.1's.
 
     Two models of the same shapes can still compute other things: heads, activation, rotary base, epsilons.
 
     Args:
+        content: the manifest.
         file: path of the `config.json`, None where there is none.
         model: the base model; a plain `nn.Module` has no configuration to compare.
 
     Raises:
         ValueError: a key that changes what the model computes differs; the message names it.
     """
-    architecture: Any = getattr(model, "config", None)
-    if file is None or not isinstance(architecture, PreTrainedConfig):
+    described, architecture = content.get("architecture"), getattr(model, "config", None)
+    if not isinstance(architecture, PreTrainedConfig) or (described is None and file is None):
         return
-    made_over = json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")
-    if made_over != architecture.model_type:
-        difference: Any = ("model_type", made_over, architecture.model_type)
-    else:
-        saved = type(architecture).from_pretrained(file)
-        difference = first_change(saved, architecture) and first_change(saved, read_back(architecture))
-        if difference:  # some models write into the configuration that they are built from
+    values = described["values"] if described else json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    difference: Any = ("model_type", values.get("model_type"), architecture.model_type)
+    if values.get("model_type") == architecture.model_type:
+        saved: Any = None if file is None else type(architecture).from_pretrained(file)
+
+        def compare(config: Any) -> Any:
+            return first_contradiction(described, config) if described else first_change(saved, config)
+
+        difference = compare(architecture) and compare(read_back(architecture))
+        if difference and saved is not None:  # some models write into the configuration that they are built from
             with hollow():
                 built: Any = type(model)(saved)
             difference = first_change(built.config, architecture) and difference
@@ -43,4 +48,27 @@ def check_architecture(file: str | None, model: nn.Module) -> None:
         raise ValueError(
             f"The artifact was made over another architecture: its config.json says {key}={theirs!r}, this model has "
             f"{ours!r}. Nothing was loaded. Build the base model from that config.json."
+        )
+
+
+def check_config_file(content: Mapping[str, Any], file: str, where: str) -> None:
+    """Compare what an artifact's `config.json` says with what its manifest describes.
+
+    Raises:
+        ValueError: they differ; the message names the key.
+    """
+    described = content.get("architecture")
+    if described is None:
+        return
+    said = json.loads(Path(file).read_text(encoding="utf-8"))
+    differences = [("architectures", [content["class"]], said.get("architectures"))]
+    differences += [("dtype", described["dtype"], said.get("dtype"))]
+    differences += [("model_type", described["values"].get("model_type"), said.get("model_type"))]
+    difference = next((one for one in differences if one[1] != one[2]), None)
+    difference = difference or first_contradiction(described, AutoConfig.from_pretrained(file))
+    if difference:
+        key, expected, found = difference
+        raise ValueError(
+            f"{file}: {key}: expected {expected!r}, as {where} beside it says, found {found!r}. It was changed, or "
+            "comes from another artifact. Nothing was loaded."
         )

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import LottaLoraConfig
 from ..plan.plan import MANIFEST_KEY, Plan
-from ..scaffold.tensor import first_difference
+from .architecture import check_config_file
 from .card import write_card
-from .manifest import read_manifest
+from .manifest import check_options, check_tensors, read_manifest, warn_of_0_1
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
@@ -43,12 +43,13 @@ def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = 
 def check_artifact_files(
     config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
 ) -> None:
-    """Check the weights that stand beside an `adapter_config.json`, reading their header and manifest only.
+    """Check the weights that stand beside an `adapter_config.json`, and both files beside them, against their manifest.
 
-    Leaves the shapes found there in the config: they are compared with the plan before a base model is touched.
+    Leaves the manifest and the shapes in the config: they are compared with the plan before a base model is touched.
 
     Raises:
-        ValueError: no safetensors file, a pickled one instead, a truncated or foreign one, or one of another seed.
+        ValueError: no safetensors file, a pickled one instead, a truncated or foreign one, or one whose tensors are
+            not those that were saved; an option or the architecture was changed.
     """
     weights = locate(path, SAFETENSORS_WEIGHTS_NAME, subfolder, **hub)
     if weights is None:
@@ -61,24 +62,20 @@ def check_artifact_files(
             f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; expected a folder made by save_pretrained. To read a "
             "config alone, use peft.PeftConfig.from_pretrained."
         )
+    architecture = config._artifact_architecture = locate(path, "config.json", subfolder, **hub)
     try:
         with safe_open(weights, framework="pt") as file:
             keys = list(file.keys())
-            tensor = file.get_tensor(MANIFEST_KEY) if MANIFEST_KEY in keys else None
+            content = read_manifest(file.get_tensor(MANIFEST_KEY) if MANIFEST_KEY in keys else None, weights)
+            check_options(content, config, weights)
+            if architecture is not None:
+                check_config_file(content, architecture, weights)
+            check_tensors(content, keys, file.get_tensor, weights)
             config._artifact_shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a readable safetensors file; it may be truncated ({error}).") from error
-    content = read_manifest(tensor, weights)
-    config._artifact_architecture = locate(path, "config.json", subfolder, **hub)
-    if content["seed"] != config.seed:
-        raise ValueError(
-            f"{weights} belongs to seed {content['seed']}, but the adapter_config.json beside it says {config.seed}. "
-            "One of the two files was changed or comes from another artifact."
-        )
-    if config.scaffold_digests is not None:
-        difference = first_difference(config.scaffold_digests, content["scaffold"])
-        if difference:
-            raise ValueError(f"{weights} and the adapter_config.json beside it disagree: {difference}.")
+    warn_of_0_1(content, weights)
+    config._manifest = content
 
 
 def check_not_pickled(folder: str | os.PathLike[str]) -> None:

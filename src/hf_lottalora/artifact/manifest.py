@@ -1,27 +1,58 @@
 """What an adapter file contains, and the checks that every way of loading one passes through.
 
 `PeftModel.load_adapter` on an existing adapter (Trainer's resume and load-best) never reads adapter_config.json, so
-seed, format and digests also travel inside the file, as a small uint8 tensor of JSON: the manifest.
+everything that makes the model also travels inside the file, as a small uint8 tensor of JSON: the manifest. It holds
+the seed and digests of what is drawn, digests of what is saved, the options, the architecture, and one digest over all
+of it, which names the artifact. Those of version 0.1 held the seed and the digests of what is drawn.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..config import LottaLoraConfig
+from ..plan.canonical import digest_of
 from ..plan.plan import MANIFEST_KEY, Plan
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import combined_digest, first_difference
+from .architecture import check_architecture
+from .digests import differing, summed_up, tensor_digests
+
+_FIELDS_OF_0_1 = {"format_version", "generator", "seed", "digest", "scaffold", "kept", "scaling", "residual", "rows"}
+_FIELDS = _FIELDS_OF_0_1 | {"trained", "class", "architecture", "options", "tensors", "artifact"}
+
+_for_a_file = ContextVar("for_a_file", default=False)
+
+
+@contextmanager
+def for_a_file() -> Iterator[None]:
+    """While an artifact is written, its manifest says what its tensors are; one in memory may be averaged, say."""
+    token = _for_a_file.set(True)
+    try:
+        yield
+    finally:
+        _for_a_file.reset(token)
+
+
+def manifest_of(plan: Plan, config: LottaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The manifest of an adapter file with these tensors, by the keys that they have there."""
+    digests = summed_up(tensor_digests(tensors, tensors.__getitem__)) if _for_a_file.get() else None
+    return plan.manifest(config.as_saved().decisive_options(), config._saved_dtype, digests)
 
 
 def read_manifest(tensor: torch.Tensor | None, where: str) -> dict[str, Any]:
     """The content of a manifest tensor.
 
     Raises:
-        ValueError: there is none or it is damaged, or its format is unknown.
+        ValueError: there is none or it is damaged or was edited, or its format is unknown.
     """
     if tensor is None:
         raise ValueError(
@@ -40,9 +71,86 @@ def read_manifest(tensor: torch.Tensor | None, where: str) -> dict[str, Any]:
             f"{where} has scaffold format {version!r} with generator {generator!r}; this version of hf_lottalora draws "
             f"format {FORMAT_VERSION} with {GENERATOR!r}. Upgrade with: pip install -U hf-lottalora"
         )
-    if digest != content.get("digest"):
+    by_0_1 = content.keys() <= _FIELDS_OF_0_1
+    rest = {key: value for key, value in content.items() if key != "artifact"}
+    if digest != content.get("digest") or not (by_0_1 or content.get("artifact") == digest_of(rest)):
         raise ValueError(f"{where} has a {MANIFEST_KEY!r} that was edited: its digests do not add up.")
+    if unknown := sorted(content.keys() - _FIELDS):
+        raise ValueError(
+            f"{where} has a {MANIFEST_KEY!r} with {unknown}, which this version of hf_lottalora does not know. Upgrade "
+            "with: pip install -U hf-lottalora"
+        )
     return dict(content)
+
+
+def check_options(content: Mapping[str, Any], config: LottaLoraConfig, where: str) -> None:
+    """Compare an adapter_config.json that was read with the manifest of the weights beside it.
+
+    Raises:
+        ValueError: an option differs; the message names it.
+    """
+    if content["seed"] != config.seed:
+        raise ValueError(
+            f"{where} belongs to seed {content['seed']}, but the adapter_config.json beside it says {config.seed}. "
+            "One of the two files was changed or comes from another artifact."
+        )
+    for recorded, digests in (("scaffold", config.scaffold_digests), ("kept", config.kept_digests)):
+        if digests is not None and (difference := first_difference(digests, content[recorded])):
+            raise ValueError(f"{where} and the adapter_config.json beside it disagree: {difference}.")
+    if "options" not in content:
+        if not (config.lottalora_version or "").startswith("0.1."):
+            raise ValueError(
+                f"{where} has the manifest of a file of version 0.1, but the adapter_config.json beside it says "
+                f"lottalora_version={config.lottalora_version!r}. One of the two files was changed or comes from "
+                "another artifact."
+            )
+        return
+    found = config.decisive_options()
+    for key, expected in content["options"].items():
+        if key not in found and expected:  # of a newer PEFT: nothing, false and empty are what it does without
+            raise ValueError(
+                f"{where} was saved with the option {key}={expected!r}, which this version of hf_lottalora or PEFT "
+                "does not know. Upgrade with: pip install -U hf-lottalora peft"
+            )
+        if key in found and found[key] != expected:
+            raise ValueError(
+                f"adapter_config.json: {key}: expected {expected!r}, as {where} says, found {found[key]!r}. It was "
+                "changed, or comes from another artifact. To train with another value, make a new LottaLoraConfig."
+            )
+    if added := sorted(key for key in found.keys() - content["options"].keys() if found[key]):
+        raise ValueError(
+            f"adapter_config.json: {added[0]}: found {found[added[0]]!r}, where {where} was saved without that option."
+        )
+
+
+def check_tensors(
+    content: Mapping[str, Any], keys: Iterable[str], tensor_of: Callable[[str], torch.Tensor], where: str
+) -> None:
+    """Compare every byte of the tensors with what the manifest says of them.
+
+    Raises:
+        ValueError: one differs; the message names the first.
+    """
+    if (recorded := content.get("tensors")) is None:
+        return
+    key = differing(recorded, tensor_digests((key for key in keys if key != MANIFEST_KEY), tensor_of))
+    if key is not None:
+        raise ValueError(
+            f"{where}: {key!r} is not the tensor that was saved: its bytes, dtype, shape or name differ, or another "
+            "one was added or removed. Nothing was loaded. Copy or download the file again. To load values that you "
+            "changed, change those of get_peft_model_state_dict(model), whose manifest says nothing of them."
+        )
+
+
+def warn_of_0_1(content: Mapping[str, Any], where: str) -> None:
+    """Say once what an artifact of version 0.1 cannot prove."""
+    if "artifact" not in content:
+        warnings.warn(
+            f"{where} was written by version 0.1: only the scaffold is sure to be what it was. That nobody changed "
+            "trained tensors, options or config.json cannot be told. Load it and save it again to record them.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def check_scaffold(plan: Plan, seed: int, scaffold: Mapping[str, str], kept: Mapping[str, str], where: str) -> None:
@@ -64,13 +172,22 @@ def check_scaffold(plan: Plan, seed: int, scaffold: Mapping[str, str], kept: Map
         )
 
 
-def check_state_dict(plan: Plan, state_dict: Mapping[str, torch.Tensor], where: str = "The adapter file") -> None:
+def check_state_dict(
+    plan: Plan, state_dict: Mapping[str, torch.Tensor], model: nn.Module, verified: Mapping[str, Any] | None
+) -> None:
     """Refuse a state dict that is not exactly what this plan saves. Changes nothing.
 
+    Args:
+        plan: what is expected.
+        state_dict: of an adapter, from a file or from memory.
+        model: the base model.
+        verified: the manifest of the file that it comes from, where its tensors have been compared with that.
+
     Raises:
-        ValueError: no manifest, another seed, format or scaffold, a missing or foreign key, or a shape or a scaling
-            factor that differs; the message names the first one.
+        ValueError: no manifest, another seed, format, scaffold or architecture, a missing or foreign key, a tensor
+            that is not the one that was saved, or a shape or a scaling factor that differs; the message names it.
     """
+    where = "The adapter file"
     content = read_manifest(state_dict.get(MANIFEST_KEY), where)
     check_scaffold(plan, content["seed"], content["scaffold"], content["kept"], where)
     check_shapes(plan, {key: tuple(value.shape) for key, value in state_dict.items()}, where, "Nothing was loaded.")
@@ -85,6 +202,18 @@ def check_state_dict(plan: Plan, state_dict: Mapping[str, torch.Tensor], where: 
             f"{where} has trained rows {rows}, this model trains {plan.trained_rows()}. Nothing was loaded. Use "
             "the same trainable_token_indices in LottaLoraConfig."
         )
+    if "artifact" in content:
+        check_architecture(content, None, model)
+        if (trained := set(content["trained"])) != (ours := set(plan.trained_paths())):
+            raise ValueError(
+                f"{where} trains {_some(trained - ours)} and leaves {_some(ours - trained)}, which this model does the "
+                "other way round. Nothing was loaded. Use the same train_beta, norms, biases, embeddings and head in "
+                "LottaLoraConfig."
+            )
+        if verified != content:
+            check_tensors(content, state_dict, state_dict.__getitem__, where)
+    elif verified is None:
+        warn_of_0_1(content, where)
     for adapter in plan.adapters:  # the same ones: their keys were just compared
         trained_with = content["scaling"].get(adapter.path)
         if trained_with != adapter.scaling:
@@ -92,6 +221,11 @@ def check_state_dict(plan: Plan, state_dict: Mapping[str, torch.Tensor], where: 
                 f"{where} was trained with B A of {adapter.path!r} scaled by {trained_with} (alpha / r), this model "
                 f"scales it by {adapter.scaling}. Nothing was loaded. Check lora_alpha, alpha_pattern and use_rslora."
             )
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return (", ".join(map(repr, shown)) or "nothing") + (" ..." if len(names) > 3 else "")
 
 
 def check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str, advice: str) -> None:

@@ -6,10 +6,13 @@ stands in memory. So a file is read back into its class, and what is in memory i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # Parts of configuration keys that do not change what a model computes in evaluation.
 _NEUTRAL = (
@@ -32,25 +35,119 @@ def first_change(one: Any, other: Any) -> tuple[str, Any, Any] | None:
 
     Keys that do not change what a model computes in evaluation are passed over.
     """
-    return _difference(_plain(one), _plain(other))
+    mine, theirs = plain(one), plain(other)
+    return next(_differences(mine, theirs), None)
 
 
-def _plain(architecture: Any) -> dict[str, Any]:
+def describe(architecture: Any) -> dict[str, Any]:
+    """What the manifest of an artifact says of a configuration.
+
+    Returns:
+        values: what decides, by key, parts (text, vision) as dictionaries; as its `config.json` gives it back.
+        chosen: paths of those that are not the class's default: a release that lacks them builds another model.
+    """
+    values = plain(read_back(architecture))
+    defaults = _defaults(values)
+    chosen = [path for path, _ in _leaves(values) if not _holds(defaults, path, values)]
+    return {"values": values, "chosen": chosen}
+
+
+def first_contradiction(described: Mapping[str, Any], architecture: Any) -> tuple[str, Any, Any] | None:
+    """The first key in which a configuration is not the one that was described, None where it builds the same.
+
+    What only one of the two releases of transformers knows must have its class's default on the other side.
+    """
+    recorded, live = described["values"], plain(architecture)
+    for difference in _differences(recorded, live):
+        return difference
+    chosen = set(described["chosen"])
+    for path, value in _leaves(recorded):
+        if path in chosen and not _has(live, path):
+            return path, value, UNKNOWN
+    defaults = _defaults(live)
+    for path, value in _leaves(live):
+        if not _has(recorded, path) and not _holds(defaults, path, live):
+            return path, UNKNOWN, value
+    return None
+
+
+UNKNOWN = "nothing"  # of a key that one side does not have
+
+
+def plain(architecture: Any) -> dict[str, Any]:
+    """The keys of a configuration that decide what its model computes in evaluation, as JSON has them."""
     # Through text, so that tuples and lists, numbers and strings as keys, and NaN and NaN are the same.
-    content: dict[str, Any] = json.loads(json.dumps(architecture.to_dict(), default=str), parse_constant=str)
+    content = json.loads(json.dumps(architecture.to_dict(), default=str), parse_constant=str)
+    return _decisive(content)
+
+
+def _decisive(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _decisive(value) if isinstance(value, dict) else value
+        for key, value in sorted(content.items())
+        if not key.startswith("_") and not any(part in key for part in _NEUTRAL)
+    }
+
+
+def _differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Also within the configurations of parts (text, vision)."""
+    for key in sorted(one.keys() & other.keys()):
+        mine, theirs = one[key], other[key]
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(mine, theirs, f"{prefix}{key}.")
+        elif mine != theirs:
+            yield f"{prefix}{key}", mine, theirs
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _at(content: Any, path: str) -> Any:
+    """The value at a path; raises KeyError or TypeError where there is none."""
+    for part in path.split("."):
+        content = content[part]
     return content
 
 
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    """Also within the configurations of parts (text, vision)."""
-    for key in sorted(one.keys() & other.keys()):
-        if key.startswith("_") or any(part in key for part in _NEUTRAL):
-            continue
-        mine, theirs = one[key], other[key]
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            found = _difference(mine, theirs, f"{prefix}{key}.")
-            if found:
-                return found
-        elif mine != theirs:
-            return f"{prefix}{key}", mine, theirs
-    return None
+def _has(content: Mapping[str, Any], path: str) -> bool:
+    try:
+        _at(content, path)
+    except (KeyError, TypeError):
+        return False
+    return True
+
+
+def _holds(defaults: Mapping[str, Any], path: str, content: Mapping[str, Any]) -> bool:
+    return _has(defaults, path) and _at(defaults, path) == _at(content, path)
+
+
+def _defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What the class of a configuration, and those of its parts, have where nothing is said."""
+    found: dict[str, Any] = {}
+    kind = content.get("model_type")
+    if kind in CONFIG_MAPPING:
+        try:
+            found = plain(CONFIG_MAPPING[kind]())
+        except Exception:  # some have none without their parts
+            found = {"model_type": kind}
+    for key, value in content.items():
+        if isinstance(value, dict) and "model_type" in value:
+            found[key] = _defaults(value)
+    return found
+
+
+def canonical_json(content: Any) -> bytes:
+    """JSON in one form: sorted keys, no spaces."""
+    return json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256 of a content's JSON, 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()

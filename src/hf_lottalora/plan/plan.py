@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ import torch
 from ..options import Magnitude
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import ScaffoldTensor, combined_digest
-from .report import Reported
+from .canonical import canonical_json, describe, digest_of
+from .report import Reported, name_of
 from .survey import Survey, SurveyedTensor
 
 MANIFEST_KEY = "lottalora_manifest"
@@ -146,6 +147,7 @@ class Plan(Reported):
         seed: the scaffold's.
         targets: paths of the modules that carry an adapter, the token embedding apart.
         rule: why these, for people to read.
+        options: the config's decisive ones, when it was planned.
         digests: filled once, by `scaffold_digests`.
     """
 
@@ -155,6 +157,7 @@ class Plan(Reported):
     seed: int
     targets: tuple[str, ...] = ()
     rule: str = ""
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -224,10 +227,18 @@ class Plan(Reported):
         """The ids of the rows that are trained, by the path of their embedding."""
         return {adapter.path: list(adapter.rows) for adapter in self.adapters if adapter.kind == "rows"}
 
-    def manifest(self) -> torch.Tensor:
-        """Seed, format, digests and scaling factors as a uint8 tensor of JSON, shape `(n,)`."""
-        digests = self.scaffold_digests()
-        content = {
+    def manifest(
+        self, options: Mapping[str, Any], dtype: torch.dtype | None, tensors: Mapping[str, str] | None
+    ) -> torch.Tensor:
+        """Everything that makes the model, and one digest for all of it, as a uint8 tensor of JSON, shape `(n,)`.
+
+        Args:
+            options: the config's decisive ones.
+            dtype: the model's.
+            tensors: digests of what the artifact contains, None where the manifest goes with tensors in memory.
+        """
+        digests, architecture = self.scaffold_digests(), self.survey.architecture
+        content: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "generator": GENERATOR,
             "seed": self.seed,
@@ -236,11 +247,22 @@ class Plan(Reported):
             "kept": self.kept_digests,
             "scaling": {adapter.path: adapter.scaling for adapter in self.adapters},
             "residual": any(adapter.residual for adapter in self.adapters),
+            "trained": self.trained_paths(),
+            "class": self.survey.class_name,
+            "architecture": None if architecture is None else {**describe(architecture), "dtype": name_of(dtype)},
+            "options": options,
+            "tensors": tensors,
         }
         if self.trained_rows():
             content["rows"] = self.trained_rows()
-        data = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        content["artifact"] = digest_of(content)
+        return torch.frombuffer(bytearray(canonical_json(content)), dtype=torch.uint8)
+
+    def trained_paths(self) -> list[str]:
+        """The base model's tensors that are trained, and the betas."""
+        betas = (f"{adapter.path}.lora_beta" for adapter in self.adapters if "lora_beta" in adapter.shapes)
+        fixed = {f"{adapter.path}.lora_beta" for adapter in self.adapters if not adapter.train_beta}
+        return sorted({*(tensor.path for tensor in self.with_role("trained")), *betas} - fixed)
 
     def adapter_dtype(self) -> torch.dtype:
         """PEFT holds adapters over a half-precision model in float32 (`autocast_adapter_dtype`)."""
@@ -250,7 +272,9 @@ class Plan(Reported):
     def artifact_bytes(self, adapter_dtype: torch.dtype | None = None) -> int:
         """Size of `adapter_model.safetensors`, to within a few bytes: saved tensors, manifest, header."""
         dtypes = {saved_key(path): tensor.survey.dtype for path, tensor in self.saved.items()}
-        shapes = {**self.saved_shapes(), MANIFEST_KEY: tuple(self.manifest().shape)}
+        keys = self.saved_shapes()
+        manifest = self.manifest(self.options, torch.float32, {"digest": "0" * 64, "each": "0" * 8 * len(keys)})
+        shapes = {**keys, MANIFEST_KEY: tuple(manifest.shape)}
         dtypes[MANIFEST_KEY] = torch.uint8
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0

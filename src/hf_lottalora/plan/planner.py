@@ -69,7 +69,8 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
     planned = [_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors]
     _check_biases(planned, adapters)
     tensors = tuple(_with_norm_of_direction(tensor, planned) for tensor in planned)
-    plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0), tuple(sorted(targets.paths)), targets.rule)
+    paths, options = tuple(sorted(targets.paths)), config.decisive_options()
+    plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0), paths, targets.rule, options)
     _check_patterns(plan, config)
     return plan
 

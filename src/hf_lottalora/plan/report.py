@@ -79,7 +79,7 @@ class Reported:
                     "kind": tensor.survey.kind,
                     "role": tensor.role,
                     "shape": list(tensor.survey.shape),
-                    "dtype": _name(tensor.survey.dtype),
+                    "dtype": name_of(tensor.survey.dtype),
                     "parameters": tensor.survey.numel,
                     "bytes": tensor.survey.numel * tensor.survey.dtype.itemsize,
                     "saved": tensor.saved,
@@ -96,7 +96,7 @@ class Reported:
                     "rows": list(adapter.rows),
                     "shapes": {name: list(shape) for name, shape in adapter.shapes.items()},
                     "parameters": adapter.numel,
-                    "dtype": _name(dtype),
+                    "dtype": name_of(dtype),
                     "bytes": adapter.numel * dtype.itemsize,
                 }
                 for adapter in self.adapters
@@ -144,8 +144,9 @@ _ADAPTER_OPTIONS = (
 )  # fmt: skip
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def name_of(dtype: torch.dtype | None) -> str | None:
+    """`float32` for torch.float32, as JSON files have it."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _origin(value: ScaffoldTensor | torch.Tensor | None) -> dict[str, Any] | str | None:

@@ -121,7 +121,7 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         plan.kept_digests.update(self.base.kept_digests(plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, plan.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
-        check_architecture(config._artifact_architecture, model)
+        check_architecture(config._manifest or {}, config._artifact_architecture, model)
         if config._artifact_shapes is not None:
             check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")
 

@@ -158,7 +158,8 @@ class SeedSwitching:
         """Draw the scaffold that this adapter was saved over; checks first that it then fits in every way."""
         plan, seed = self.plans[adapter_name], read_manifest(state_dict.get(MANIFEST_KEY), "The adapter file")["seed"]
         if self.follows_checkpoints and seed != plan.seed:
-            check_state_dict(self._replanned(self.peft_config[adapter_name], plan, seed)[1], state_dict)
+            replanned = self._replanned(self.peft_config[adapter_name], plan, seed)[1]
+            check_state_dict(replanned, state_dict, self.model, None)
             self.followed_from = plan.seed if self.followed_from is None else self.followed_from
             self.set_scaffold_seed(seed)
 

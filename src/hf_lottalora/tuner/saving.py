@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ..artifact.manifest import check_shapes, check_state_dict
+from ..artifact.manifest import check_shapes, check_state_dict, manifest_of
 from ..config import LottaLoraConfig
 from ..layers.layer import ScaffoldLayer
 from ..paths import owner_of
@@ -90,18 +90,17 @@ class Saving:
         tuner.base.verify_unsaved(plan)
         config._saved_dtype = next((p.dtype for p in tuner.model.parameters() if p.is_floating_point()), None)
         config._other_dtypes = other_dtypes(tuner.model, config._saved_dtype)
-        selected = {MANIFEST_KEY: plan.manifest()}
+        selected = {}
         live = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in state_dict}
         keys = [live[saved_key(f"{adapter.path}.{name}")] for adapter in plan.adapters for name in adapter.shapes]
         selected.update({key: state_dict[key] for key in keys})
         selected.update(
             {saved_key(path): tuner.base.saved_value(path, adapter_name, state_dict) for path in plan.saved}
         )
-        shapes = {
-            cls._remove_adapter_name_from_key(key, adapter_name): tuple(value.shape) for key, value in selected.items()
-        }
+        named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in selected.items()}
+        shapes = {key: tuple(value.shape) for key, value in named.items()}
         check_shapes(plan, shapes, "The model", "Change a model (its vocabulary, say) before get_peft_model.")
-        return _Complete(selected)
+        return _Complete({MANIFEST_KEY: manifest_of(plan, config, named), **selected})
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -123,7 +122,7 @@ class Saving:
         tuner.base.check_shapes(tuner.plans[adapter_name])
         tuner._follow(adapter_name, state_dict)
         plan = tuner.plans[adapter_name]
-        check_state_dict(plan, state_dict)
+        check_state_dict(plan, state_dict, tuner.model, config._manifest)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
         with torch.no_grad():

@@ -1,0 +1,52 @@
+"""SHA-256 of an artifact's tensors: name, dtype, shape and every byte; in parallel, large ones in pieces."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+_PIECE = 1 << 22  # bytes
+_SHOWN = 8  # hexadecimal digits of each tensor's own digest that are kept, to name the one that differs
+
+
+def tensor_digests(keys: Iterable[str], tensor_of: Callable[[str], torch.Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor, as 64 hexadecimal digits: of its key, dtype and shape, and of the SHA-256 of each 4 MiB.
+
+    Args:
+        keys: names of the tensors.
+        tensor_of: gives a tensor, on any device.
+    """
+
+    def pieces(key: str) -> tuple[str, list[Any]]:
+        tensor = tensor_of(key)
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        head = f"{key} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n"
+        return head, [pool.submit(hashlib.sha256, data[at : at + _PIECE]) for at in range(0, len(data), _PIECE)]
+
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        waiting = {key: pieces(key) for key in sorted(keys)}
+        return {
+            key: hashlib.sha256(head.encode() + b"".join(piece.result().digest() for piece in parts)).hexdigest()
+            for key, (head, parts) in waiting.items()
+        }
+
+
+def summed_up(digests: Mapping[str, str]) -> dict[str, str]:
+    """One SHA-256 over the digests in the order of their keys, and the first digits of each one."""
+    ordered = [digests[key] for key in sorted(digests)]
+    whole = hashlib.sha256("".join(ordered).encode()).hexdigest()
+    return {"digest": whole, "each": "".join(digest[:_SHOWN] for digest in ordered)}
+
+
+def differing(recorded: Mapping[str, str], digests: Mapping[str, str]) -> str | None:
+    """The first key whose tensor is not the recorded one, None where all are."""
+    if summed_up(digests)["digest"] == recorded["digest"]:
+        return None
+    for at, key in enumerate(sorted(digests)):
+        if recorded["each"][at * _SHOWN :][:_SHOWN] != digests[key][:_SHOWN]:
+            return key
+    return next(iter(sorted(digests)), "")
