@@ -3,8 +3,9 @@
 Each model type is built from its default configuration with every size made small (`shrink.py`). Where that builds,
 runs, and is the same twice in evaluation, three ways are tried: ours by default, ours with target_modules="all-linear",
 and PEFT's LoRA with "all-linear". Each injects adapters, sees which chosen layers are called and get a gradient for B
-(where a batch leaves some out, also from optional inputs and from calls of the model's parts), trains two steps, saves, loads into a fresh base model (and through our Auto class) to the bit, and merges. A refusal by
-name counts as such; any other error, or another result, is a failure.
+(where a batch leaves some out, also from optional inputs and from calls of the model's parts), trains two steps, saves,
+loads into a fresh base model (and through our Auto class) to the bit, and merges. A refusal by name counts as such; any
+other error, or another result, is a failure.
 
 One process imports everything, then forks a child per model type. Finished ones are kept, so it can be stopped.
 
