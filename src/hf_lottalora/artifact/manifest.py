@@ -72,8 +72,19 @@ def check_state_dict(plan: Plan, state_dict: Mapping[str, torch.Tensor], where: 
             factor that differs; the message names the first one.
     """
     content = read_manifest(state_dict.get(MANIFEST_KEY), where)
+    check_content(plan, content, {key: tuple(value.shape) for key, value in state_dict.items()}, where)
+
+
+def check_content(
+    plan: Plan, content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str = "The adapter file"
+) -> None:
+    """Refuse an adapter file by its manifest and the shapes in its header, before its tensors are read.
+
+    Raises:
+        ValueError: as `check_state_dict`.
+    """
     check_scaffold(plan, content["seed"], content["scaffold"], content["kept"], where)
-    check_shapes(plan, {key: tuple(value.shape) for key, value in state_dict.items()}, where, "Nothing was loaded.")
+    check_shapes(plan, shapes, where, "Nothing was loaded.")
     if content["residual"] != any(adapter.residual for adapter in plan.adapters):
         raise ValueError(
             f"{where} was trained with residual={content['residual']}, this model has {not content['residual']}. "
