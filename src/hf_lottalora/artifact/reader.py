@@ -90,15 +90,15 @@ def _refuse_what_is_not_a_file(file: str | os.PathLike[str]) -> None:
         raise ArtifactError(f"{file}: expected an ordinary file, found {found}. {_AGAIN}")
 
 
-def _read(file: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
+def _read(file: str | os.PathLike[str]) -> bytes:
     _refuse_what_is_not_a_file(file)
     try:
         with Path(file).open("rb") as opened:
-            data = opened.read(limit + 1)
+            data = opened.read(MAX_BYTES + 1)
     except OSError as error:
         raise ArtifactError(f"{file}: expected a file that can be read, found {error.strerror}.") from error
-    if len(data) > limit:
-        raise ArtifactError(f"{file}: expected at most {limit // 2**20} MiB, found more. {_AGAIN}")
+    if len(data) > MAX_BYTES:
+        raise ArtifactError(f"{file}: expected at most {MAX_BYTES // 2**20} MiB, found more. {_AGAIN}")
     return data
 
 
