@@ -33,7 +33,7 @@ def _read_configs() -> None:
             return read_adapter_config(path_json_file)
         return read(cls, path_json_file, **kwargs)
 
-    PeftConfigMixin.from_json_file = classmethod(from_json_file)
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
 
 
 def _check_weights_first() -> None:

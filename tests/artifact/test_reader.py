@@ -119,7 +119,7 @@ BROKEN = {
     "config.json leads nowhere": (lambda f: ((f / ARCHITECTURE).unlink(), (f / ARCHITECTURE).symlink_to("no such")), "found none that can be read"),
     "layers": (edited(ARCHITECTURE, num_hidden_layers=10**7), r"num_hidden_layers: expected at most 1000 in an artifact of \d+ tensors, found 10000000"),
     "layers of a part": (edited(ARCHITECTURE, text_config={"parts": [{"n_layer": 10**7}]}), r"text_config.parts\[0\].n_layer: expected at most"),
-    "vocabulary": (edited(ARCHITECTURE, vocab_size=10**9), "vocab_size: expected at most 268435456"),
+    "vocabulary": (edited(ARCHITECTURE, vocab_size=10**9), "vocab_size: expected at most 67108864"),
     "positions": (edited(ARCHITECTURE, max_position_embeddings=10**10), "max_position_embeddings: expected at most"),
     "labels": (edited(ARCHITECTURE, num_labels=10**8), "num_labels: expected at most 1000000"),
     "a kernel": (edited(ARCHITECTURE, attn_implementation="kernels-community/flash-attn2"), "attn_implementation: expected none or one of eager, sdpa"),

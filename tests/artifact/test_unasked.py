@@ -37,7 +37,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ({"num_hidden_layers": -1}, "config.json: |in the artifact|lacks"),
         ({"num_attention_heads": 0}, "config.json: expected what transformers .* can build, found"),
         ({"hidden_size": "32"}, "config.json: expected what transformers .* can build, found"),
-        ({"hidden_size": 2**28}, "config.json: expected what transformers .* can build, found|shape"),
+        ({"hidden_size": 2**26}, "config.json: expected what transformers .* can build, found|shape"),
         ({"hidden_act": "no such"}, "config.json: expected what transformers .* can build, found KeyError"),
         ({"rope_parameters": {"rope_type": "no such"}}, "config.json: expected what transformers"),
         ({"dtype": "no such"}, "config.json: expected what transformers"),

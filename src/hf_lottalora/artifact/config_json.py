@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from .reader import ArtifactError, read_json
 
-_MAX = 2**28  # any integer: vocabularies, positions, widths
+_MAX = 2**26  # any integer: vocabularies, positions, widths; the largest default of transformers has 21 bits
 _MAX_LABELS = 10**6  # transformers makes a dictionary with so many entries
 _MAX_LAYERS = 1000  # or as many as the artifact has tensors
 _LAYERS = re.compile(r"(^|_)(layers?|depths?)$")

@@ -133,7 +133,7 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
             found[key] = value
         return found
 
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deep(data):
         refuse(f"more than {MAX_DEPTH} levels of nesting")
     try:
         text = data.decode("utf-8")
@@ -149,14 +149,15 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def _depth(data: bytes) -> int:
-    """How deep brackets are nested, those in strings apart."""
-    depth = deepest = 0
+def _is_deep(data: bytes) -> bool:
+    """Whether brackets are nested more than `MAX_DEPTH` deep, those in strings apart."""
+    depth = 0
     for match in re.finditer(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', data, flags=re.DOTALL):
         first = match[0][:1]
         depth += (first in b"[{") - (first in b"]}")
-        deepest = max(deepest, depth)
-    return deepest
+        if depth > MAX_DEPTH:
+            return True
+    return False
 
 
 # ---- adapter_config.json ---------------------------------------------------------------------------------------------
