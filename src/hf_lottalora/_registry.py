@@ -75,6 +75,7 @@ def register() -> None:
         RuntimeError: another package has registered a PEFT method of this name.
     """
     _add_peft_type()
+    from ._ways_in import watch
     from .config import LottaLoraConfig
     from .tuner.model import LottaLoraModel
 
@@ -88,4 +89,5 @@ def register() -> None:
     register_peft_method(name=NAME.lower(), config_cls=LottaLoraConfig, model_cls=LottaLoraModel, prefix="lora_")
     _refuse_push_on_save()
     _load_without_a_base()
+    watch()
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is LottaLoraModel and PEFT_TYPE_TO_PREFIX_MAPPING[member] == "lora_"

@@ -39,6 +39,9 @@ from .scaffold.families import get_family
 class ArtifactFiles(Protocol):
     """What `artifact` does with the files beside a config."""
 
+    def check_present(self, path: str | os.PathLike[str], subfolder: str | None) -> None:
+        """Before a config is read."""
+
     def check_artifact_files(
         self, config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None, **hub: Any
     ) -> None:
@@ -256,8 +259,8 @@ class LottaLoraConfig(LoraConfig):
         self._plan: Any = None
         self._custom_modules = {nn.Module: _refuse_lora_tuner}  # asked by PEFT's LoraModel, not by ours
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
+        self._artifact_manifest: dict[str, Any] | None = None
         self._artifact_architecture: str | None = None  # path of its config.json
-        self._manifest: dict[str, Any] | None = None  # of the artifact that it comes from, which was checked
         self._values_follow = False  # a file has them, so no starting values are drawn
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
@@ -343,9 +346,10 @@ class LottaLoraConfig(LoraConfig):
         """Load `adapter_config.json` after checking that the weights beside it belong to it.
 
         Raises:
-            ValueError: no seed or format version, a newer format, weights that are missing, truncated, pickled, or of
-                another seed. Nothing has been changed by then.
+            ValueError: no seed or format version, a newer format, an unknown field, a file that is damaged, missing or
+                no file, pickled weights, or those of another seed. Nothing has been changed by then.
         """
+        artifact_files.check_present(pretrained_model_name_or_path, subfolder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if isinstance(config, cls):
             artifact_files.check_artifact_files(config, pretrained_model_name_or_path, subfolder, **kwargs)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..plan.canonical import first_change, first_contradiction, read_back
+from .config_json import load_architecture
 from .hollow import hollow
+from .reader import read_json
 
 
 def check_architecture(content: Mapping[str, Any], file: str | None, model: nn.Module) -> None:
@@ -30,7 +30,7 @@ def check_architecture(content: Mapping[str, Any], file: str | None, model: nn.M
     described, architecture = content.get("architecture"), getattr(model, "config", None)
     if not isinstance(architecture, PreTrainedConfig) or (described is None and file is None):
         return
-    values = described["values"] if described else json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    values = described["values"] if described else read_json(str(file))
     difference: Any = ("model_type", values.get("model_type"), architecture.model_type)
     if values.get("model_type") == architecture.model_type:
         saved: Any = None if file is None else type(architecture).from_pretrained(file)
@@ -60,12 +60,12 @@ def check_config_file(content: Mapping[str, Any], file: str, where: str) -> None
     described = content.get("architecture")
     if described is None:
         return
-    said = json.loads(Path(file).read_text(encoding="utf-8"))
+    said = read_json(file)
     differences = [("architectures", [content["class"]], said.get("architectures"))]
     differences += [("dtype", described["dtype"], said.get("dtype"))]
     differences += [("model_type", described["values"].get("model_type"), said.get("model_type"))]
     difference = next((one for one in differences if one[1] != one[2]), None)
-    difference = difference or first_contradiction(described, AutoConfig.from_pretrained(file))
+    difference = difference or first_contradiction(described, load_architecture(file))
     if difference:
         key, expected, found = difference
         raise ValueError(

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
 
 from ..config import LottaLoraConfig
 from ..paths import owner_of
 from ..residency.forms import Residency, check_residency
 from .arguments import instead_of, one_device, one_dtype
-from .files import HUB_OPTIONS, locate
+from .base import base_of
+from .config_json import build, load_architecture, most_parameters
+from .files import HUB_OPTIONS, recorded_tensors
 from .hollow import BUILDING, hollow
 from .loaders import builds, loader_of
+from .reader import ArtifactError
 
 
 class AutoLottaLora:
@@ -38,6 +40,7 @@ class AutoLottaLora:
         device: torch.device | str = "cpu",
         attn_implementation: str | None = None,
         residency: Residency | None = None,
+        base_model: bool | str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         **hub_kwargs: Any,
@@ -55,6 +58,9 @@ class AutoLottaLora:
             device: where the model goes once it is built.
             attn_implementation: as in transformers; default: what it chooses here.
             residency: "dense", "packed", "int4" or "streamed", see `LottaLoraConfig`; default: its config's.
+            base_model: with redraw "targets" or "none", the pretrained model to load it over: its name or path, or True
+                for the one that the artifact names. A downloaded artifact needs this, unless it names a commit too;
+                safetensors only.
             torch_dtype: older name of `dtype`.
             device_map: instead of `device`, what is one device: its name or number, {"": device}, or "auto" = the
                 accelerator where there is one.
@@ -71,51 +77,58 @@ class AutoLottaLora:
         if unknown:
             raise TypeError(
                 f"{cls.__name__}.from_pretrained does not take {unknown}. {instead_of(unknown)}The architecture and "
-                "the adapter's options come from the artifact; besides dtype, device, attn_implementation and "
-                f"residency it takes subfolder, {', '.join(HUB_OPTIONS)}."
+                "the adapter's options come from the artifact; besides dtype, device, attn_implementation, "
+                f"residency and base_model it takes subfolder, {', '.join(HUB_OPTIONS)}."
             )
         dtype, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
+        torch.empty(0, device=device)  # one that is not there is said now, not when all is drawn
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
         if not isinstance(config, LottaLoraConfig):
             raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")
         families = {config.family, *config.family_pattern.values()}
         config.residency = check_residency(residency or config.residency, families)
-        file = locate(path, "config.json", **hub_kwargs)
+        file = config._artifact_architecture
         if file is None:
             raise ValueError(
                 f"{path} has no config.json, so the architecture is unknown. If the model was a plain nn.Module, build "
                 "it yourself and use PeftModel.from_pretrained(module, path)."
             )
-        architecture = AutoConfig.from_pretrained(file)
+        architecture = load_architecture(file)
         cls._check_class(path, architecture)
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         dtype = dtype or architecture.dtype or torch.float32
         if config.redraw == "all" or config.save_kept:
+            if base_model not in (None, True, False):
+                raise ValueError(f"{path} needs no base model, got base_model={base_model!r}. Leave it out.")
             # Buffers must be real: rotary and position tables have no other source. Weights are drawn or read later.
-            with hollow():
-                model = cls._auto_class.from_config(architecture, dtype=dtype, **attention)
-            for tensor_path, other in (config.other_dtypes or {}).items() if dtype == architecture.dtype else ():
-                owner, name = owner_of(model, tensor_path)
-                cast = getattr(owner, name).to(getattr(torch, other))
-                if name in owner._buffers:
-                    owner._buffers[name] = cast
-                else:
-                    owner._parameters[name] = torch.nn.Parameter(cast, requires_grad=False)
+            with hollow(most_parameters(recorded_tensors(config))):
+                model = build(
+                    file,
+                    lambda: cls._auto_class.from_config(
+                        architecture, dtype=dtype, trust_remote_code=False, **attention
+                    ),
+                )
+            cls._cast(path, model, config.other_dtypes if dtype == architecture.dtype else None)
             model.tie_weights()  # on the meta device each module got a parameter of its own
         else:
-            if not config.base_model_name_or_path:
-                raise ValueError(
-                    f"{path} keeps pretrained weights (redraw={config.redraw!r}) but names no base model. Load that "
-                    "model yourself and use PeftModel.from_pretrained(model, path)."
-                )
+            base, revision = base_of(config, path, base_model)
             with BUILDING:
-                model = cls._auto_class.from_pretrained(
-                    config.base_model_name_or_path,
-                    revision=config.revision,
-                    config=architecture,
-                    dtype=dtype,
-                    **attention,
-                )
+                try:
+                    model = cls._auto_class.from_pretrained(
+                        base,
+                        revision=revision,
+                        config=architecture,
+                        dtype=dtype,
+                        trust_remote_code=False,
+                        use_safetensors=True,
+                        local_files_only=bool(hub_kwargs.get("local_files_only")),
+                        **attention,
+                    )
+                except OSError as error:
+                    raise ValueError(
+                        f"The base model {base!r} of {path} could not be read: {error} Of base models safetensors are "
+                        "read only; load another kind yourself and use PeftModel.from_pretrained(model, path)."
+                    ) from error
         config._values_follow = True  # PEFT's low_cpu_mem_usage would patch torch for every thread
         peft_model = PeftModel.from_pretrained(
             model,
@@ -129,6 +142,28 @@ class AutoLottaLora:
             **hub_kwargs,
         )
         return peft_model.to(device)
+
+    @staticmethod
+    def _cast(path: str | os.PathLike[str], model: Any, other_dtypes: dict[str, str] | None) -> None:
+        known = {
+            name
+            for name, _ in (
+                *model.named_parameters(remove_duplicate=False),
+                *model.named_buffers(remove_duplicate=False),
+            )
+        }
+        for tensor_path, other in (other_dtypes or {}).items():
+            if tensor_path not in known:
+                raise ArtifactError(
+                    f"{path}: adapter_config.json: other_dtypes: expected paths of tensors of a "
+                    f"{type(model).__name__}, found {tensor_path!r}. Get the file again from where it came."
+                )
+            owner, name = owner_of(model, tensor_path)
+            cast = getattr(owner, name).to(getattr(torch, other))
+            if name in owner._buffers:
+                owner._buffers[name] = cast
+            else:
+                owner._parameters[name] = torch.nn.Parameter(cast, requires_grad=False)
 
     @classmethod
     def _check_class(cls, path: str | os.PathLike[str], architecture: Any) -> None:

@@ -9,10 +9,12 @@ import os
 from typing import Any
 
 from peft import PeftConfig
-from transformers import AutoConfig
 
+from ..config import LottaLoraConfig
 from .auto import AutoLottaLora
-from .files import HUB_OPTIONS, locate
+from .base import base_of
+from .config_json import load_architecture
+from .files import HUB_OPTIONS
 from .loaders import LOADERS, loader_of
 
 __all__ = list(LOADERS)
@@ -28,14 +30,21 @@ def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> Any:
 
     Returns:
         The class; None where the path is no artifact of ours, or has a base model to be loaded over.
+
+    Raises:
+        ValueError: a file of the artifact is missing or damaged, or its base model should not be fetched unasked.
     """
     wanted = {key: hub[key] for key in ("subfolder", *HUB_OPTIONS) if hub.get(key) is not None}
     config = PeftConfig.from_pretrained(path, **wanted)
-    if config.peft_type != "LOTTALORA" or config.base_model_name_or_path:
+    if config.peft_type != "LOTTALORA":
         return None
-    file = locate(path, "config.json", **wanted)
+    config = LottaLoraConfig.from_pretrained(path, **wanted)  # with the files beside it
+    if config.base_model_name_or_path:
+        base_of(config, path, None)
+        return None
+    file = config._artifact_architecture
     if auto is None and file is not None:
-        architecture = AutoConfig.from_pretrained(file)
+        architecture = load_architecture(file)
         auto = LOADERS.get(loader_of(architecture, (architecture.architectures or [""])[0]) or "")
     return next((globals()[ours] for ours, theirs in LOADERS.items() if theirs is auto), AutoLottaLoraModel)  # noqa: F821
 

@@ -23,7 +23,7 @@ def tensor_digests(keys: Iterable[str], tensor_of: Callable[[str], torch.Tensor]
 
     def pieces(key: str) -> tuple[str, list[Any]]:
         tensor = tensor_of(key)
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         head = f"{key} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n"
         return head, [pool.submit(hashlib.sha256, data[at : at + _PIECE]) for at in range(0, len(data), _PIECE)]
 

@@ -15,41 +15,56 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
 
 from ..config import LottaLoraConfig
-from ..plan.plan import MANIFEST_KEY, Plan
+from ..plan.plan import Plan
 from .architecture import check_config_file
 from .card import write_card
+from .config_json import check_config_json
 from .manifest import check_options, check_tensors, read_manifest, warn_of_0_1
+from .reader import ArtifactError, check_file, read_weights_header
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
 def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
-    """Local path of one file of an artifact folder or hub repository, None where it has no such file."""
-    folder = Path(path, subfolder) if subfolder else Path(path)
-    if folder.is_dir():
-        file = folder / filename
-        return str(file) if file.is_file() else None
-    try:
-        wanted = {key: hub[key] for key in HUB_OPTIONS if key in hub}
-        return str(hf_hub_download(str(path), filename, subfolder=subfolder, **wanted))
-    except EntryNotFoundError:
-        return None
-
-
-def check_artifact_files(
-    config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
-) -> None:
-    """Check the weights that stand beside an `adapter_config.json`, and both files beside them, against their manifest.
-
-    Leaves the manifest and the shapes in the config: they are compared with the plan before a base model is touched.
+    """Local path of one file of an artifact folder or hub repository, None where it has no such file.
 
     Raises:
-        ValueError: no safetensors file, a pickled one instead, a truncated or foreign one, or one whose tensors are
-            not those that were saved; an option or the architecture was changed.
+        ArtifactError: it is no ordinary file, or a symbolic link out of the folder.
+    """
+    if Path(path).is_dir():
+        file = Path(path, subfolder or "", filename)
+        return check_file(file, path) if os.path.lexists(file) else None
+    try:
+        wanted = {key: hub[key] for key in HUB_OPTIONS if key in hub}
+        downloaded = hf_hub_download(str(path), filename, subfolder=subfolder, **wanted)
+    except EntryNotFoundError:
+        return None
+    return check_file(downloaded, Path(downloaded).parent)
+
+
+def check_present(path: str | os.PathLike[str], subfolder: str | None = None) -> None:
+    """Refuse a folder without an `adapter_config.json`; PEFT would look for a repository of its name on the hub.
+
+    Raises:
+        ArtifactError: it has none, or what is no ordinary file.
+    """
+    if Path(path).is_dir() and locate(path, CONFIG_NAME, subfolder) is None:
+        raise ArtifactError(
+            f"Can't find {CONFIG_NAME!r} at '{Path(path, subfolder or '')}'; expected a folder made by save_pretrained."
+        )
+
+
+def read_weights(
+    path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
+) -> tuple[str, dict[str, tuple[int, ...]], dict[str, Any]]:
+    """The path of an artifact's weights, the shapes in them by key, and the content of their manifest; no more is read.
+
+    Raises:
+        ValueError: no safetensors file, a pickled one instead, or a truncated or foreign one.
     """
     weights = locate(path, SAFETENSORS_WEIGHTS_NAME, subfolder, **hub)
     if weights is None:
@@ -62,20 +77,38 @@ def check_artifact_files(
             f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; expected a folder made by save_pretrained. To read a "
             "config alone, use peft.PeftConfig.from_pretrained."
         )
-    architecture = config._artifact_architecture = locate(path, "config.json", subfolder, **hub)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            keys = list(file.keys())
-            content = read_manifest(file.get_tensor(MANIFEST_KEY) if MANIFEST_KEY in keys else None, weights)
-            check_options(content, config, weights)
-            if architecture is not None:
-                check_config_file(content, architecture, weights)
-            check_tensors(content, keys, file.get_tensor, weights)
-            config._artifact_shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is not a readable safetensors file; it may be truncated ({error}).") from error
+    shapes, manifest = read_weights_header(weights)
+    return weights, shapes, read_manifest(manifest, weights)
+
+
+def check_artifact_files(
+    config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
+) -> None:
+    """Check the files that stand beside an `adapter_config.json`, and that file, against the manifest in the weights.
+
+    Leaves what is found there in the config: it is compared with the plan before a base model is touched.
+
+    Raises:
+        ValueError: no safetensors file, a pickled one instead, a truncated or foreign one, or one whose tensors are
+            not those that were saved; an option or the architecture was changed; or a `config.json` of which no model
+            should be built.
+    """
+    weights, config._artifact_shapes, content = read_weights(path, subfolder, **hub)
+    config._artifact_manifest = content
+    check_options(content, config, weights)
+    config._artifact_architecture = locate(path, "config.json", subfolder, **hub)
+    if config._artifact_architecture is not None:
+        check_config_json(config._artifact_architecture, recorded_tensors(config))
+        check_config_file(content, config._artifact_architecture, weights)
+    with safe_open(weights, framework="pt") as file:
+        check_tensors(content, config._artifact_shapes, file.get_tensor, weights)
     warn_of_0_1(content, weights)
-    config._manifest = content
+
+
+def recorded_tensors(config: LottaLoraConfig) -> int:
+    """How many tensors the artifact has or names that this config was read from."""
+    content: Any = config._artifact_manifest
+    return len(config._artifact_shapes or ()) + len(content["scaffold"]) + len(content["kept"])
 
 
 def check_not_pickled(folder: str | os.PathLike[str]) -> None:

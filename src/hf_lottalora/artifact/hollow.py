@@ -24,10 +24,17 @@ _thread = threading.local()
 
 
 @contextmanager
-def hollow() -> Iterator[None]:
-    """Modules that this thread makes here have no values but those of buffers. Others' are as ever."""
+def hollow(most: int | None = None) -> Iterator[None]:
+    """Modules that this thread makes here have no values but those of buffers. Others' are as ever.
+
+    Args:
+        most: how many parameters may be made, by default any number.
+
+    Raises:
+        ValueError: there are more.
+    """
     with BUILDING, PrivateRandomness():  # some constructors draw
-        _thread.hollow = True
+        _thread.hollow, _thread.left = True, most
         try:
             yield
         finally:
@@ -40,6 +47,10 @@ def _registered(module: nn.Module, name: str, value: Any) -> Any:
     module._is_hf_initialized = True  # type: ignore[assignment]  # transformers leaves such a module alone
     if not isinstance(value, nn.Parameter) or value.is_meta:
         return None
+    if _thread.left is not None:
+        _thread.left -= 1
+        if _thread.left < 0:
+            raise ValueError("the model has far more tensors than the artifact")
     return nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
 
 

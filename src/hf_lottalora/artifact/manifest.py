@@ -8,7 +8,6 @@ of it, which names the artifact. Those of version 0.1 held the seed and the dige
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import combined_digest, first_difference
 from .architecture import check_architecture
 from .digests import differing, summed_up, tensor_digests
+from .reader import ArtifactError, parse
 
 _FIELDS_OF_0_1 = {"format_version", "generator", "seed", "digest", "scaffold", "kept", "scaling", "residual", "rows"}
 _FIELDS = _FIELDS_OF_0_1 | {"trained", "class", "architecture", "options", "tensors", "artifact"}
@@ -60,10 +60,12 @@ def read_manifest(tensor: torch.Tensor | None, where: str) -> dict[str, Any]:
             "artifact; a plain LoRA adapter does not fit a random backbone."
         )
     try:
-        content = json.loads(bytes(tensor.cpu().contiguous().numpy()))
+        content = parse(tensor.cpu().contiguous().numpy().tobytes(), f"{where} has a damaged {MANIFEST_KEY!r}")
         version, generator, _ = content["format_version"], content["generator"], content["seed"]
         digest = combined_digest(content["seed"], content["scaffold"])
         content["kept"], content["scaling"], content["residual"]
+    except ArtifactError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} has a damaged {MANIFEST_KEY!r} ({error}).") from error
     if version != FORMAT_VERSION or generator != GENERATOR:
@@ -189,8 +191,23 @@ def check_state_dict(
     """
     where = "The adapter file"
     content = read_manifest(state_dict.get(MANIFEST_KEY), where)
+    check_content(plan, content, {key: tuple(value.shape) for key, value in state_dict.items()}, where)
+    check_architecture(content, None, model)
+    if verified != content:
+        warn_of_0_1(content, where)
+        check_tensors(content, state_dict, state_dict.__getitem__, where)
+
+
+def check_content(
+    plan: Plan, content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str = "The adapter file"
+) -> None:
+    """Refuse an adapter file by its manifest and the shapes in its header, before its tensors are read.
+
+    Raises:
+        ValueError: as `check_state_dict`.
+    """
     check_scaffold(plan, content["seed"], content["scaffold"], content["kept"], where)
-    check_shapes(plan, {key: tuple(value.shape) for key, value in state_dict.items()}, where, "Nothing was loaded.")
+    check_shapes(plan, shapes, where, "Nothing was loaded.")
     if content["residual"] != any(adapter.residual for adapter in plan.adapters):
         raise ValueError(
             f"{where} was trained with residual={content['residual']}, this model has {not content['residual']}. "
@@ -202,18 +219,13 @@ def check_state_dict(
             f"{where} has trained rows {rows}, this model trains {plan.trained_rows()}. Nothing was loaded. Use "
             "the same trainable_token_indices in LottaLoraConfig."
         )
-    if "artifact" in content:
-        check_architecture(content, None, model)
-        if (trained := set(content["trained"])) != (ours := set(plan.trained_paths())):
-            raise ValueError(
-                f"{where} trains {_some(trained - ours)} and leaves {_some(ours - trained)}, which this model does the "
-                "other way round. Nothing was loaded. Use the same train_beta, norms, biases, embeddings and head in "
-                "LottaLoraConfig."
-            )
-        if verified != content:
-            check_tensors(content, state_dict, state_dict.__getitem__, where)
-    elif verified is None:
-        warn_of_0_1(content, where)
+    trained, ours = set(content.get("trained", plan.trained_paths())), set(plan.trained_paths())
+    if trained != ours:
+        raise ValueError(
+            f"{where} trains {_some(trained - ours)} and leaves {_some(ours - trained)}, which this model does the "
+            "other way round. Nothing was loaded. Use the same train_beta, norms, biases, embeddings and head in "
+            "LottaLoraConfig."
+        )
     for adapter in plan.adapters:  # the same ones: their keys were just compared
         trained_with = content["scaling"].get(adapter.path)
         if trained_with != adapter.scaling:

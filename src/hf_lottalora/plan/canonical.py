@@ -89,9 +89,7 @@ def _decisive(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differences(
-    one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Also within the configurations of parts (text, vision)."""
     for key in sorted(one.keys() & other.keys()):
         mine, theirs = one[key], other[key]

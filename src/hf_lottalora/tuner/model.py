@@ -12,7 +12,7 @@ from peft.utils import TaskType
 from torch import nn
 
 from ..artifact.architecture import check_architecture
-from ..artifact.manifest import check_scaffold, check_shapes
+from ..artifact.manifest import check_content, check_scaffold
 from ..config import DefaultTargets, LottaLoraConfig
 from ..layers.adapter_tensor import DECAYED, UNDECAYED
 from ..layers.attention import unfuse
@@ -121,9 +121,9 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         plan.kept_digests.update(self.base.kept_digests(plan))
         if config.scaffold_digests is not None:
             check_scaffold(plan, plan.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
-        check_architecture(config._manifest or {}, config._artifact_architecture, model)
-        if config._artifact_shapes is not None:
-            check_shapes(plan, config._artifact_shapes, "The artifact", "Nothing was loaded.")
+        check_architecture(config._artifact_manifest or {}, config._artifact_architecture, model)
+        if config._artifact_shapes is not None and config._artifact_manifest is not None:
+            check_content(plan, config._artifact_manifest, config._artifact_shapes, "The artifact")
 
         start = not (config._values_follow or low_cpu_mem_usage or _weights_follow())  # else a file has the values
         same = (

@@ -122,7 +122,7 @@ class Saving:
         tuner.base.check_shapes(tuner.plans[adapter_name])
         tuner._follow(adapter_name, state_dict)
         plan = tuner.plans[adapter_name]
-        check_state_dict(plan, state_dict, tuner.model, config._manifest)
+        check_state_dict(plan, state_dict, tuner.model, config._artifact_manifest)
         state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
         with torch.no_grad():
