@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
 import torch
@@ -41,6 +43,12 @@ class ArtifactFiles(Protocol):
         self, config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None, **hub: Any
     ) -> None:
         """Before a config that was read is used."""
+
+    def current(self, folder: Path, name: str) -> Path:
+        """The file of that name which belongs to the weights in the folder."""
+
+    def whole(self, load: Callable[[], Any], path: str | os.PathLike[str], subfolder: str | None) -> Any:
+        """What is loaded from a folder that may be written at the same time."""
 
     def check_not_pickled(self, folder: str | os.PathLike[str]) -> None:
         """Before a config is written."""
@@ -327,17 +335,29 @@ class LottaLoraConfig(LoraConfig):
             ValueError: no seed or format version, a newer format, weights that are missing, truncated, pickled, or of
                 another seed. Nothing has been changed by then.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        if isinstance(config, cls):
-            artifact_files.check_artifact_files(config, pretrained_model_name_or_path, subfolder, **kwargs)
-        return config  # type: ignore[no-any-return]
+        path = pretrained_model_name_or_path
+        load = super().from_pretrained
+
+        def checked() -> Any:
+            config = load(path, subfolder, **kwargs)
+            if isinstance(config, cls):
+                artifact_files.check_artifact_files(config, path, subfolder, **kwargs)
+            return config
+
+        return artifact_files.whole(checked, path, subfolder)  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> Any:
+        """As PEFT's; where a save was cut short, of the file that belongs to the weights."""
+        file = Path(path_json_file)
+        return super().from_json_file(str(artifact_files.current(file.parent, file.name)), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`; called last by `PeftModel.save_pretrained`, it also completes the artifact
         (`config.json`, model card).
 
         Raises:
-            ValueError: the weights were pickled (`safe_serialization=False`).
+            ValueError: there are pickled weights in the folder.
         """
         artifact_files.check_not_pickled(save_directory)
         recorded: dict[str, Any] = {}

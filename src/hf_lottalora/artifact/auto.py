@@ -13,6 +13,7 @@ from ..config import LottaLoraConfig
 from ..paths import owner_of
 from ..residency.forms import Residency, check_residency
 from .arguments import instead_of, one_device, one_dtype
+from .current import whole
 from .files import HUB_OPTIONS, locate
 from .hollow import BUILDING, hollow
 from .loaders import builds, loader_of
@@ -75,6 +76,22 @@ class AutoLottaLora:
                 f"residency it takes subfolder, {', '.join(HUB_OPTIONS)}."
             )
         dtype, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
+        options = (adapter_name, is_trainable, autocast_adapter_dtype, dtype, attn_implementation, residency)
+        model = whole(lambda: cls._load(path, *options, **hub_kwargs), path, hub_kwargs.get("subfolder"))
+        return model.to(device)
+
+    @classmethod
+    def _load(
+        cls,
+        path: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool,
+        dtype: torch.dtype | None,
+        attn_implementation: str | None,
+        residency: Residency | None,
+        **hub_kwargs: Any,
+    ) -> PeftModel:
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
         if not isinstance(config, LottaLoraConfig):
             raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")
@@ -117,7 +134,7 @@ class AutoLottaLora:
                     **attention,
                 )
         config._values_follow = True  # PEFT's low_cpu_mem_usage would patch torch for every thread
-        peft_model = PeftModel.from_pretrained(
+        return PeftModel.from_pretrained(
             model,
             path,
             adapter_name=adapter_name,
@@ -128,7 +145,6 @@ class AutoLottaLora:
             config=config,
             **hub_kwargs,
         )
-        return peft_model.to(device)
 
     @classmethod
     def _check_class(cls, path: str | os.PathLike[str], architecture: Any) -> None:

@@ -22,6 +22,8 @@ from ..config import LottaLoraConfig
 from ..plan.plan import MANIFEST_KEY, Plan
 from ..scaffold.tensor import first_difference
 from .card import write_card
+from .current import current as current
+from .current import whole as whole
 from .manifest import read_manifest
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
@@ -31,7 +33,7 @@ def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = 
     """Local path of one file of an artifact folder or hub repository, None where it has no such file."""
     folder = Path(path, subfolder) if subfolder else Path(path)
     if folder.is_dir():
-        file = folder / filename
+        file = current(folder, filename)
         return str(file) if file.is_file() else None
     try:
         wanted = {key: hub[key] for key in HUB_OPTIONS if key in hub}
@@ -82,15 +84,15 @@ def check_artifact_files(
 
 
 def check_not_pickled(folder: str | os.PathLike[str]) -> None:
-    """Refuse to complete an artifact that PEFT has begun with pickled weights.
+    """Refuse a folder that has pickled weights, which could be taken for the artifact's.
 
     Raises:
-        ValueError: the folder contains such a file, of this or another model.
+        ValueError: it contains such a file, of this or another model.
     """
     if Path(folder, WEIGHTS_NAME).is_file():
         raise ValueError(
-            f"{folder} contains {WEIGHTS_NAME}, a pickle; LottaLoRA artifacts are safetensors only. Delete that file "
-            "and save without safe_serialization=False. The config and any weights in safetensors there are untouched."
+            f"{folder} contains {WEIGHTS_NAME}, a pickle; LottaLoRA artifacts are safetensors only. Delete that "
+            "file, or save elsewhere. Nothing was written."
         )
 
 
