@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 from typing import Any
 
 from peft import PeftModel
@@ -27,21 +29,35 @@ def _add_peft_type() -> None:
     type.__setattr__(PeftType, NAME, member)
 
 
-def _refuse_push_on_save() -> None:
-    """`save_pretrained(push_to_hub=True)`, which PEFT takes and then ignores. Nothing of ours sees that argument."""
+def _save_whole() -> None:
+    """`PeftModel.save_pretrained` writes our adapters whole or not at all, and ignores no argument of theirs."""
     save = PeftModel.save_pretrained
+    signature = inspect.signature(save)
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("push_to_hub") and any(config.peft_type == NAME for config in self.peft_config.values()):
+        if not any(config.peft_type == NAME for config in self.peft_config.values()):
+            return save(self, save_directory, *args, **kwargs)
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if kwargs.get("push_to_hub"):
             raise ValueError(
                 "save_pretrained does not push to the hub, and nothing was written. Save without push_to_hub=True, and "
                 "call model.push_to_hub('user/name'), which takes private, token, revision, commit_message, create_pr."
             )
+        if not given.get("safe_serialization", True):
+            raise ValueError(
+                "safe_serialization=False would write a pickle, adapter_model.bin; LottaLoRA artifacts are safetensors "
+                "only. Nothing was written. Save without that argument."
+            )
+        if os.path.isfile(save_directory) or not given.get("is_main_process", True):
+            return save(self, save_directory, *args, **kwargs)
         from .artifact.manifest import for_a_file
+        from .artifact.writing import staged
 
-        with for_a_file():
-            save(self, save_directory, *args, **kwargs)
+        names = given.get("selected_adapters") or list(self.peft_config)
+        plans = self.base_model.plans
+        with for_a_file(), staged(save_directory, {name: plans[name] for name in names if name in plans}) as folder:
+            save(self, folder, *args, **kwargs)
 
     PeftModel.save_pretrained = save_pretrained
 
@@ -87,7 +103,7 @@ def register() -> None:
         raise RuntimeError(f"The PEFT method {NAME} is already registered by {taken_by.__module__}.")
     # The prefix must be LoRA's: under another one PEFT freezes A and B and stops reporting missing keys.
     register_peft_method(name=NAME.lower(), config_cls=LottaLoraConfig, model_cls=LottaLoraModel, prefix="lora_")
-    _refuse_push_on_save()
+    _save_whole()
     _load_without_a_base()
     watch()
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is LottaLoraModel and PEFT_TYPE_TO_PREFIX_MAPPING[member] == "lora_"

@@ -6,9 +6,10 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
 import torch
@@ -46,6 +47,12 @@ class ArtifactFiles(Protocol):
         self, config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None, **hub: Any
     ) -> None:
         """Before a config that was read is used."""
+
+    def current(self, folder: Path, name: str) -> Path:
+        """The file of that name which belongs to the weights in the folder."""
+
+    def whole(self, load: Callable[[], Any], path: str | os.PathLike[str], subfolder: str | None) -> Any:
+        """What is loaded from a folder that may be written at the same time."""
 
     def check_not_pickled(self, folder: str | os.PathLike[str]) -> None:
         """Before a config is written."""
@@ -349,11 +356,23 @@ class LottaLoraConfig(LoraConfig):
             ValueError: no seed or format version, a newer format, an unknown field, a file that is damaged, missing or
                 no file, pickled weights, or those of another seed. Nothing has been changed by then.
         """
-        artifact_files.check_present(pretrained_model_name_or_path, subfolder)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        if isinstance(config, cls):
-            artifact_files.check_artifact_files(config, pretrained_model_name_or_path, subfolder, **kwargs)
-        return config  # type: ignore[no-any-return]
+        path = pretrained_model_name_or_path
+        load = super().from_pretrained
+
+        def checked() -> Any:
+            artifact_files.check_present(path, subfolder)
+            config = load(path, subfolder, **kwargs)
+            if isinstance(config, cls):
+                artifact_files.check_artifact_files(config, path, subfolder, **kwargs)
+            return config
+
+        return artifact_files.whole(checked, path, subfolder)  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> Any:
+        """As PEFT's; where a save was cut short, of the file that belongs to the weights."""
+        file = Path(path_json_file)
+        return super().from_json_file(str(artifact_files.current(file.parent, file.name)), **kwargs)
 
     def as_saved(self) -> LottaLoraConfig:
         """With what is recorded of the model that it is used for, if any."""
@@ -386,7 +405,7 @@ class LottaLoraConfig(LoraConfig):
         (`config.json`, model card).
 
         Raises:
-            ValueError: the weights were pickled (`safe_serialization=False`).
+            ValueError: there are pickled weights in the folder.
         """
         artifact_files.check_not_pickled(save_directory)
         if self.redraw == "all":

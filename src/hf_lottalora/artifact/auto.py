@@ -14,6 +14,7 @@ from ..residency.forms import Residency, check_residency
 from .arguments import instead_of, one_device, one_dtype
 from .base import base_of
 from .config_json import build, load_architecture, most_parameters
+from .current import whole
 from .files import HUB_OPTIONS, recorded_tensors
 from .hollow import BUILDING, hollow
 from .loaders import builds, loader_of
@@ -82,6 +83,31 @@ class AutoLottaLora:
             )
         dtype, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
         torch.empty(0, device=device)  # one that is not there is said now, not when all is drawn
+        options = (
+            adapter_name,
+            is_trainable,
+            autocast_adapter_dtype,
+            dtype,
+            attn_implementation,
+            residency,
+            base_model,
+        )
+        model = whole(lambda: cls._load(path, *options, **hub_kwargs), path, hub_kwargs.get("subfolder"))
+        return model.to(device)
+
+    @classmethod
+    def _load(
+        cls,
+        path: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool,
+        dtype: torch.dtype | None,
+        attn_implementation: str | None,
+        residency: Residency | None,
+        base_model: bool | str | os.PathLike[str] | None,
+        **hub_kwargs: Any,
+    ) -> PeftModel:
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
         if not isinstance(config, LottaLoraConfig):
             raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")
@@ -130,7 +156,7 @@ class AutoLottaLora:
                         "read only; load another kind yourself and use PeftModel.from_pretrained(model, path)."
                     ) from error
         config._values_follow = True  # PEFT's low_cpu_mem_usage would patch torch for every thread
-        peft_model = PeftModel.from_pretrained(
+        return PeftModel.from_pretrained(
             model,
             path,
             adapter_name=adapter_name,
@@ -141,7 +167,6 @@ class AutoLottaLora:
             config=config,
             **hub_kwargs,
         )
-        return peft_model.to(device)
 
     @staticmethod
     def _cast(path: str | os.PathLike[str], model: Any, other_dtypes: dict[str, str] | None) -> None:

@@ -23,6 +23,8 @@ from ..plan.plan import Plan
 from .architecture import check_config_file
 from .card import write_card
 from .config_json import check_config_json
+from .current import current as current
+from .current import whole as whole
 from .manifest import check_options, check_tensors, read_manifest, warn_of_0_1
 from .reader import ArtifactError, check_file, read_weights_header
 
@@ -36,7 +38,7 @@ def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = 
         ArtifactError: it is no ordinary file, or a symbolic link out of the folder.
     """
     if Path(path).is_dir():
-        file = Path(path, subfolder or "", filename)
+        file = current(Path(path, subfolder or ""), filename)
         return check_file(file, path) if os.path.lexists(file) else None
     try:
         wanted = {key: hub[key] for key in HUB_OPTIONS if key in hub}
@@ -112,15 +114,15 @@ def recorded_tensors(config: LottaLoraConfig) -> int:
 
 
 def check_not_pickled(folder: str | os.PathLike[str]) -> None:
-    """Refuse to complete an artifact that PEFT has begun with pickled weights.
+    """Refuse a folder that has pickled weights, which could be taken for the artifact's.
 
     Raises:
-        ValueError: the folder contains such a file, of this or another model.
+        ValueError: it contains such a file, of this or another model.
     """
     if Path(folder, WEIGHTS_NAME).is_file():
         raise ValueError(
-            f"{folder} contains {WEIGHTS_NAME}, a pickle; LottaLoRA artifacts are safetensors only. Delete that file "
-            "and save without safe_serialization=False. The config and any weights in safetensors there are untouched."
+            f"{folder} contains {WEIGHTS_NAME}, a pickle; LottaLoRA artifacts are safetensors only. Delete that "
+            "file, or save elsewhere. Nothing was written."
         )
 
 
