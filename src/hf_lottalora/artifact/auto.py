@@ -94,6 +94,7 @@ class AutoLottaLora:
             # Buffers must be real: rotary and position tables have no other source. Weights are drawn or read later.
             with hollow():
                 model = cls._auto_class.from_config(architecture, dtype=dtype, **attention)
+            _check_other_dtypes(path, model, config)
             for tensor_path, other in (config.other_dtypes or {}).items() if dtype == architecture.dtype else ():
                 owner, name = owner_of(model, tensor_path)
                 cast = getattr(owner, name).to(getattr(torch, other))
@@ -138,3 +139,13 @@ class AutoLottaLora:
         loader = loader_of(architecture, saved)
         advice = f"Use {loader}." if loader else f"Build the {saved} yourself and use PeftModel.from_pretrained."
         raise ValueError(f"{path} is a {saved}, which {cls.__name__} does not build. {advice}")
+
+
+def _check_other_dtypes(path: str | os.PathLike[str], model: torch.nn.Module, config: LottaLoraConfig) -> None:
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    unknown = sorted((config.other_dtypes or {}).keys() - {name for name, _ in named})
+    if unknown:
+        raise ValueError(
+            f"other_dtypes in the adapter_config.json of {path} names {unknown[0]!r}, which {type(model).__name__} "
+            "lacks. Nothing was loaded. The file was changed, or transformers names tensors otherwise in this release."
+        )
