@@ -13,6 +13,7 @@ import torch
 from ..options import Magnitude
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import ScaffoldTensor, combined_digest
+from .left_out import LeftOut
 from .report import Reported
 from .survey import Survey, SurveyedTensor
 
@@ -146,6 +147,7 @@ class Plan(Reported):
         seed: the scaffold's.
         targets: paths of the modules that carry an adapter, the token embedding apart.
         rule: why these, for people to read.
+        left_out: what the rule would have taken, and why it has not.
         digests: filled once, by `scaffold_digests`.
     """
 
@@ -155,6 +157,7 @@ class Plan(Reported):
     seed: int
     targets: tuple[str, ...] = ()
     rule: str = ""
+    left_out: tuple[LeftOut, ...] = ()
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
 
