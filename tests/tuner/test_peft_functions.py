@@ -397,6 +397,7 @@ def test_functions_for_bare_layers() -> None:
     assert not any(".other" in name for name in model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors")  # of a beta, which it takes for an A
 def test_lorafa_optimizer_ends_in_an_error_of_pefts() -> None:
     """It takes parameters of a layer in pairs of A and B, and says so of nothing else; nothing of ours is asked."""
     model = get_peft_model(llama(num_hidden_layers=1), config())
