@@ -14,7 +14,7 @@ from .names import layers_there_are, meant
 from .patterns import by_pattern, under
 from .plan import AdapterKind, PlannedAdapter
 from .survey import Survey
-from .targets import Targets, choose_targets
+from .targets import Targets, choose_targets, written_by_0_1
 
 ADAPTED_HEADS = ("lora", "lora_bias")
 _LARGEST = 2**31  # elements of one tensor of an adapter; more is a slip of the pen
@@ -78,7 +78,8 @@ def _wanted(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> tuple[T
     targets = choose_targets(survey, config, extra)
     paths, adapted_head = set(targets.paths), config.head in ADAPTED_HEADS
     if config.resolved_targets is None and adapted_head:
-        paths |= {m.path for m in survey.modules if m.in_head and m.kind == "linear"}
+        kinds = ("linear",) if written_by_0_1(config) else ("linear", "conv")
+        paths |= {m.path for m in survey.modules if m.in_head and m.kind in kinds}
     paths -= {f"{m.path}.out_proj" for m in survey.modules if m.kind == "projection" and m.path in paths}
     whole = {m.path for m in survey.modules if under(m.path, extra) or (m.in_head and not adapted_head)}
     return targets, paths - whole
