@@ -110,7 +110,7 @@ def test_any_value_that_a_field_is_given_later(name: str) -> None:
         ({"task_type": "x"}, r"task_type must be one of \['SEQ_CLS', .*\] or None, got 'x' \(str\)"),
         ({"task_type": "CAUSAL_LM"}, r"task_type='CAUSAL_LM' is for models that generate, and Sequential has no"),
         ({"peft_type": "LORA"}, r"peft_type must be one of \['LOTTALORA'\] or None, got 'LORA'"),
-        ({"other_dtypes": {"a": "x"}}, r"other_dtypes\['a'\] must be the name of a dtype of torch, got 'x'"),
+        ({"other_dtypes": {"a": "x"}}, r"other_dtypes\['a'\] must be the name of a floating dtype of torch, got 'x'"),
         ({"r": 10**9}, r"r: rank 1000000000 over '0' would make a tensor of 16,000,000,000 elements, .* above 12 adds"),
         ({"rank_pattern": {"2": 10**9}}, r"rank_pattern: rank 1000000000 over '2' would make a tensor of"),
     ],

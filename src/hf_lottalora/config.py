@@ -77,6 +77,9 @@ class DefaultTargets(set[str]):
     """What was chosen for a config without `target_modules`, where PEFT wants to see names; it goes on meaning None."""
 
 
+_CHOOSE = ("exclude_modules", "layers_to_transform", "layers_pattern", "head")  # layers, with target_modules
+
+
 @dataclass
 class LottaLoraConfig(LoraConfig):
     """Configuration of a LottaLoRA adapter: `h = beta * W_seed h + scaling * B A h` (paper section 1).
@@ -228,7 +231,8 @@ class LottaLoraConfig(LoraConfig):
         default=None,
         metadata={
             "help": "Paths of the layers that carry adapters; written on save. A file that has them means these, "
-            "whatever target_modules would mean in a later version."
+            "whatever target_modules would mean in a later version; beside options that were changed to mean other "
+            "layers it is refused, and `dataclasses.replace(config, resolved_targets=None)` chooses anew."
         },
     )
     scaffold_digests: dict[str, str] | None = field(
@@ -268,6 +272,8 @@ class LottaLoraConfig(LoraConfig):
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
         self._artifact_manifest: dict[str, Any] | None = None
         self._artifact_architecture: str | None = None  # path of its config.json
+        self.frozen_by_file = False  # whether nothing but a file says inference_mode=True
+        self._choice_read: Any = None  # what said which layers, of a config that a file was read for
         self._values_follow = False  # a file has them, so no starting values are drawn
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
@@ -292,6 +298,21 @@ class LottaLoraConfig(LoraConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "inference_mode":  # said anew, by a user or, of an adapter that it loads, by PEFT
+            self.__dict__["frozen_by_file"] = False
+        super().__setattr__(name, value)
+
+    def chooses_anew(self) -> bool:
+        """Whether the options say which layers carry adapters, beside `resolved_targets`: not as a file has them."""
+        if self._choice_read is None:
+            return self._choice()[0] is not None
+        return bool(self._choice() != self._choice_read)
+
+    def _choice(self) -> tuple[Any, ...]:
+        targets = None if isinstance(self.target_modules, DefaultTargets) else _listed(self.target_modules)
+        return targets, *(_listed(getattr(self, name)) for name in _CHOOSE)
 
     def _check_types(self) -> dict[str, Any]:
         values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
@@ -363,6 +384,7 @@ class LottaLoraConfig(LoraConfig):
             artifact_files.check_present(path, subfolder)
             config = load(path, subfolder, **kwargs)
             if isinstance(config, cls):
+                config._choice_read, config.frozen_by_file = config._choice(), config.inference_mode
                 artifact_files.check_artifact_files(config, path, subfolder, **kwargs)
             return config
 

@@ -53,7 +53,8 @@ class Only(NamedTuple):
 
 
 def _is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)
+    dtype = getattr(torch, name, None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 _RANK = Annotated[int, Only("a positive integer", lambda value: value > 0)]
@@ -76,7 +77,7 @@ TAKES: dict[str, Any] = {
     "lora_alpha": _POSITIVE,
     "alpha_pattern": dict[str, _POSITIVE],
     "lora_dropout": Annotated[float, Only("a number in [0, 1)", lambda value: 0 <= value < 1)],
-    "other_dtypes": dict[str, Annotated[str, Only("the name of a dtype of torch", _is_dtype)]] | None,
+    "other_dtypes": dict[str, Annotated[str, Only("the name of a floating dtype of torch", _is_dtype)]] | None,
 }
 # Each of these has a check of its own, with more to say.
 TAKES |= dict.fromkeys(("seed", "adapter_seed", "init_lora_weights", "trainable_token_indices", *REFUSED), Any)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from tiny import config, llama, logits, perturb, t5
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM, AutoLottaLoraModelForSeq2SeqLM
+from hf_lottalora.tuner import base_model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -93,3 +95,29 @@ def test_every_way_of_loading_gives_the_same_dtypes(
     trainable = loaded(is_trainable=True)
     assert {name for name, (_, wanted) in trainable.items() if wanted} >= {name for name in found if "lora_" in name}
     assert loaded(is_trainable=True, low_cpu_mem_usage=True) == trainable
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"model.norm.weight": "bfloat61"},
+            r"other_dtypes\['model.norm.weight'\] must be the name of a floating dtype",
+        ),
+        ({"model.norm.weight": "int8"}, r"other_dtypes\['model.norm.weight'\] must be the name of a floating dtype"),
+        (
+            {"model.nrom.weight": "float16"},
+            "other_dtypes in .* names 'model.nrom.weight', which LlamaForCausalLM lacks",
+        ),
+        ({"model.norm": "float16"}, "other_dtypes in .* names 'model.norm', which LlamaForCausalLM lacks. Nothing was"),
+    ],
+)
+def test_dtypes_that_were_edited_by_hand(
+    entry: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_peft_model(llama(), config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"other_dtypes": entry}))
+    monkeypatch.setattr(base_model, "draw_into", None)  # nothing is drawn
+    with pytest.raises(ValueError, match=message):
+        AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)

@@ -46,7 +46,7 @@ from peft.helpers import (
     rescale_adapter_scale,
     update_signature,
 )
-from peft.optimizers import create_riemannian_optimizer
+from peft.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
@@ -395,3 +395,13 @@ def test_functions_for_bare_layers() -> None:
     peft.functional.set_adapter(model, "default")
     peft.functional.delete_adapter(model, "other", "lora_")
     assert not any(".other" in name for name in model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors")  # of a beta, which it takes for an A
+def test_lorafa_optimizer_ends_in_an_error_of_pefts() -> None:
+    """It takes parameters of a layer in pairs of A and B, and says so of nothing else; nothing of ours is asked."""
+    model = get_peft_model(llama(num_hidden_layers=1), config())
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
+    model(ids(), labels=ids()).loss.backward()
+    with pytest.raises(TypeError):
+        optimizer.step()

@@ -92,8 +92,23 @@ def test_several_adapters_and_a_deleted_first_one() -> None:
     before = logits(model)
     with model.scaffold_seed(9):
         model.verify_scaffold(full=True)
-        model.add_adapter("third", config(seed=9))
     assert torch.equal(logits(model), before)
+
+
+def test_no_adapter_is_added_within_a_context_that_would_take_its_scaffold(tmp_path: Path) -> None:
+    get_peft_model(llama(), config(seed=9)).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), config())
+    for context in (model.scaffold_seed(9), model.scaffold_off()):
+        with context:
+            before = state(model)
+            for add in (
+                lambda: model.add_adapter("other", config(seed=9)),
+                lambda: model.load_adapter(tmp_path, "other"),
+            ):
+                with pytest.raises(ValueError, match="adapter 'other' cannot be added: at their end .* outside"):
+                    add()
+            assert same(state(model), before) and set(model.peft_config) == {"default"}
+    model.add_adapter("other", config())
 
 
 def test_scaffold_off_leaves_the_adapters_alone() -> None:

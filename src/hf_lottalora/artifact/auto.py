@@ -18,7 +18,6 @@ from .current import whole
 from .files import HUB_OPTIONS, recorded_tensors
 from .hollow import BUILDING, hollow
 from .loaders import builds, loader_of
-from .reader import ArtifactError
 
 
 class AutoLottaLora:
@@ -134,7 +133,14 @@ class AutoLottaLora:
                         architecture, dtype=dtype, trust_remote_code=False, **attention
                     ),
                 )
-            cls._cast(path, model, config.other_dtypes if dtype == architecture.dtype else None)
+            _check_other_dtypes(path, model, config)
+            for tensor_path, other in (config.other_dtypes or {}).items() if dtype == architecture.dtype else ():
+                owner, name = owner_of(model, tensor_path)
+                cast = getattr(owner, name).to(getattr(torch, other))
+                if name in owner._buffers:
+                    owner._buffers[name] = cast
+                else:
+                    owner._parameters[name] = torch.nn.Parameter(cast, requires_grad=False)
             model.tie_weights()  # on the meta device each module got a parameter of its own
         else:
             base, revision = base_of(config, path, base_model)
@@ -168,28 +174,6 @@ class AutoLottaLora:
             **hub_kwargs,
         )
 
-    @staticmethod
-    def _cast(path: str | os.PathLike[str], model: Any, other_dtypes: dict[str, str] | None) -> None:
-        known = {
-            name
-            for name, _ in (
-                *model.named_parameters(remove_duplicate=False),
-                *model.named_buffers(remove_duplicate=False),
-            )
-        }
-        for tensor_path, other in (other_dtypes or {}).items():
-            if tensor_path not in known:
-                raise ArtifactError(
-                    f"{path}: adapter_config.json: other_dtypes: expected paths of tensors of a "
-                    f"{type(model).__name__}, found {tensor_path!r}. Get the file again from where it came."
-                )
-            owner, name = owner_of(model, tensor_path)
-            cast = getattr(owner, name).to(getattr(torch, other))
-            if name in owner._buffers:
-                owner._buffers[name] = cast
-            else:
-                owner._parameters[name] = torch.nn.Parameter(cast, requires_grad=False)
-
     @classmethod
     def _check_class(cls, path: str | os.PathLike[str], architecture: Any) -> None:
         saved = (architecture.architectures or [None])[0]
@@ -198,3 +182,13 @@ class AutoLottaLora:
         loader = loader_of(architecture, saved)
         advice = f"Use {loader}." if loader else f"Build the {saved} yourself and use PeftModel.from_pretrained."
         raise ValueError(f"{path} is a {saved}, which {cls.__name__} does not build. {advice}")
+
+
+def _check_other_dtypes(path: str | os.PathLike[str], model: torch.nn.Module, config: LottaLoraConfig) -> None:
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    unknown = sorted((config.other_dtypes or {}).keys() - {name for name, _ in named})
+    if unknown:
+        raise ValueError(
+            f"other_dtypes in the adapter_config.json of {path} names {unknown[0]!r}, which {type(model).__name__} "
+            "lacks. Nothing was loaded. The file was changed, or transformers names tensors otherwise in this release."
+        )

@@ -35,7 +35,7 @@ class CostReport:
         full_bytes_counted, bytes_counted: the same per parameter that is there (frozen 2 bytes, trained 16), heads and
             embeddings included.
         checkpoint_bytes: all parameters of the base model in its dtype.
-        artifact_bytes: `adapter_model.safetensors`.
+        artifact_bytes: `adapter_model.safetensors`, to within a few bytes.
     """
 
     full_flops: float | None
@@ -75,9 +75,9 @@ def cost_report(model: PeftModel, batch: Mapping[str, Any] | None = None) -> Cos
             account of groups in the gradient of a convolution's kernel.
 
     Raises:
-        TypeError: the batch is not a mapping.
-        ValueError: the model has no LottaLoRA adapter or is merged, the batch gives no loss, or the architecture
-            computes something that fake tensors cannot (then leave out the batch).
+        TypeError: the batch is not a mapping, or has an argument that the forward pass does not take.
+        ValueError: the model has no LottaLoRA adapter or is merged, the batch has no tensors or gives no loss, or the
+            architecture computes something that fake tensors cannot (then leave out the batch).
 
     Example:
         >>> import torch

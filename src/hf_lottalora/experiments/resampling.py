@@ -34,7 +34,8 @@ class ScaffoldResampler:
         scaffolds: k, how many per step ("step"), or into how many sub-batches a batch is split ("micro_batch").
 
     Raises:
-        ValueError: an unknown schedule, or a number of scaffolds that does not fit it.
+        ValueError: an unknown schedule, a number of scaffolds that is no positive integer or, with "epoch", not 1, or a
+            model without a LottaLoRA adapter.
 
     Example:
         >>> import torch
@@ -61,7 +62,7 @@ class ScaffoldResampler:
         self.seed, self.drawn = self.tuner.first_plan.seed, 0
 
     def resample(self) -> int:
-        """Draw the next scaffold; returns its seed."""
+        """Draw the next scaffold; returns its seed. Raises as `set_scaffold_seed`."""
         seed = self._seed_of(self.drawn + 1)
         with silent():  # the training loop has a bar of its own
             self.tuner.set_scaffold_seed(seed)
@@ -98,16 +99,16 @@ class ScaffoldResampler:
             batch: tensors with one row per example.
 
         Returns:
-            The loss, detached, shape `()`.
+            The loss, detached, on the CPU, shape `()`.
 
         Raises:
-            ValueError: fewer rows than sub-batches.
+            ValueError: fewer rows than sub-batches; or as `set_scaffold_seed`.
         """
         parts = [(batch, 1.0)]
         if self.schedule == "step":
             parts = [(batch, 1 / self.scaffolds)] * self.scaffolds
         elif self.schedule == "micro_batch":
-            rows = len(batch[0])
+            rows = len(batch[0]) if batch else 0
             if rows < self.scaffolds:
                 raise ValueError(f"A batch of {rows} rows cannot be split into {self.scaffolds} sub-batches.")
             split = zip(*(tensor.tensor_split(self.scaffolds) for tensor in batch), strict=True)

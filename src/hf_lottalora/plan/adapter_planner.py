@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,10 +10,11 @@ from typing import cast
 
 from ..config import LottaLoraConfig
 from .modules import SurveyedModule
+from .names import layers_there_are, meant
 from .patterns import by_pattern, under
 from .plan import AdapterKind, PlannedAdapter
 from .survey import Survey
-from .targets import Targets, check_choice, choose_targets, layers_there_are, near
+from .targets import Targets, choose_targets, written_by_0_1
 
 ADAPTED_HEADS = ("lora", "lora_bias")
 _LARGEST = 2**31  # elements of one tensor of an adapter; more is a slip of the pen
@@ -22,18 +24,15 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> t
     """Every adapter, and which modules were chosen; `extra` are the paths that `modules_to_save` trains as a whole.
 
     Raises:
-        ValueError: no module matches the targets, or one that cannot carry an adapter does.
+        ValueError: no module matches the targets, one that cannot carry an adapter does, or `resolved_targets` are
+            not what the other options mean.
     """
-    targets = choose_targets(survey, config)
-    wanted = set(targets.paths)
-    if config.resolved_targets is None and config.head in ADAPTED_HEADS:
-        wanted |= {m.path for m in survey.modules if m.in_head and m.kind == "linear"}
-    wanted -= {f"{m.path}.out_proj" for m in survey.modules if m.kind == "projection" and m.path in wanted}
+    targets, wanted = _wanted(survey, config, extra)
+    if config.resolved_targets is not None and config.chooses_anew():
+        _check_resolved(survey, config, extra, wanted)
     adapters: list[PlannedAdapter] = []
-    chosen: set[str] = set()
     for module in survey.modules:
-        whole = under(module.path, extra) or (module.in_head and config.head not in ADAPTED_HEADS)
-        if module.path in wanted and not whole:
+        if module.path in wanted:
             if len(module.places) > 1:
                 raise ValueError(
                     f"{module.path!r} is one module in several places ({', '.join(module.places)}): an adapter would "
@@ -46,7 +45,6 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> t
                 )
             _check_looked_up_here(module, survey)
             adapters.extend(_adapters(module, config))
-            chosen.add(module.path)
     if not adapters:
         narrowed = [
             f" with {name}={value!r}"
@@ -56,13 +54,11 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> t
         option = "target_modules" if config.resolved_targets is None else "resolved_targets"
         asked = getattr(config, option)
         names = sorted(asked) if isinstance(asked, (set, list)) else asked
-        paths = [module.path for module in survey.modules]
-        guess = "".join([near(name, paths) for name in names][:1]) if isinstance(names, list) else ""
+        guess = "" if asked is None else meant(asked, (module.path for module in survey.modules))
         raise ValueError(
             f"{option}={names}{','.join(narrowed)} matches no linear layer, convolution or embedding of "
             f"{survey.class_name} outside what is trained as a whole{guess}. {layers_there_are(survey)}"
         )
-    check_choice(survey, config, targets)
     embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
     if embedding is not None and embedding not in adapters and not under(embedding.path, extra):
         adapters.append(embedding)
@@ -74,7 +70,31 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> t
                 f"{shared[0]!r} shares its weight ({', '.join(tensor.aliases)}): an adapter on one place would change "
                 "the other, or miss it. Leave it out of target_modules."
             )
-    return _with_tied_head(adapters, survey), Targets(chosen, targets.rule)
+    return _with_tied_head(adapters, survey), targets._replace(paths=wanted)
+
+
+def _wanted(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> tuple[Targets, set[str]]:
+    """What was chosen, and what is to carry an adapter: with the head, without what is trained as a whole."""
+    targets = choose_targets(survey, config, extra)
+    paths, adapted_head = set(targets.paths), config.head in ADAPTED_HEADS
+    if config.resolved_targets is None and adapted_head:
+        kinds = ("linear",) if written_by_0_1(config) else ("linear", "conv")
+        paths |= {m.path for m in survey.modules if m.in_head and m.kind in kinds}
+    paths -= {f"{m.path}.out_proj" for m in survey.modules if m.kind == "projection" and m.path in paths}
+    whole = {m.path for m in survey.modules if under(m.path, extra) or (m.in_head and not adapted_head)}
+    return targets, paths - whole
+
+
+def _check_resolved(survey: Survey, config: LottaLoraConfig, extra: set[str], wanted: set[str]) -> None:
+    anew = copy.copy(config)
+    anew.resolved_targets = None
+    if differing := sorted(_wanted(survey, anew, extra)[1] ^ wanted):
+        raise ValueError(
+            "resolved_targets and the options that choose layers (target_modules, exclude_modules, "
+            f"layers_to_transform, layers_pattern, head) disagree on {len(differing)} layers, such as "
+            f"{differing[0]!r}. A config that was read from an artifact has both: leave the others as they were, or "
+            "choose anew with dataclasses.replace(config, resolved_targets=None)."
+        )
 
 
 def _with_tied_head(adapters: list[PlannedAdapter], survey: Survey) -> list[PlannedAdapter]:
@@ -99,8 +119,11 @@ def _embedding_adapter(survey: Survey, config: LottaLoraConfig) -> PlannedAdapte
     """
     module = next((m for m in survey.modules if m.path == survey.input_embeddings), None)
     if module is None or module.kind != "embedding":
+        found = f"{survey.class_name} names none"
+        if module is not None and module.reason:
+            found = f"{module.path!r} is an {module.type_name}{_whose_forward(module)}"
         raise ValueError(
-            f"embeddings='lora' needs a token embedding that looks up ids, and {survey.class_name} names none. Pass "
+            f"embeddings='lora' needs a token embedding that looks up ids, and {found}. Pass "
             "embeddings='train' or 'frozen'."
         )
     _check_looked_up_here(module, survey)
@@ -144,8 +167,8 @@ def _trained_rows(
             whole, where = under(module.path, extra), f"trainable_token_indices names rows of {module.path!r}"
             if module.kind != "embedding":
                 raise ValueError(
-                    f"{where}, a {module.type_name}. Rows are trained of an nn.Embedding that looks ids up; a head "
-                    "that is tied to it follows."
+                    f"{where}, a {module.type_name}{_whose_forward(module)}. Rows are trained of an "
+                    "nn.Embedding that looks ids up; a head that is tied to it follows."
                 )
             if whole or module.path in adapted:
                 what = "modules_to_save trains as a whole" if whole else "carries an adapter"

@@ -27,8 +27,8 @@ class SurveyedModule:
     adapter, which takes its place, would take one of them. A module above that is shared counts once. One that has
     several matrices has them in `matrices`: parameter below the module, outputs and inputs by name. `mixes_tokens` says
     whether it projects what attends, or mixes tokens otherwise; `is_read` whether its weight is read without a call.
-    Of a subclass that computes its output by code of its own (`own_forward`), `reason` is why no adapter goes around
-    that code, where the kind is "other" for it.
+    `reason` is why no adapter goes on a module of a class that could carry one, where the kind is "other" for it: say,
+    why none goes around the code of a subclass that computes its output by its own (`own_forward`).
     """
 
     path: str
@@ -75,6 +75,8 @@ def surveyed_modules(model: nn.Module, in_head: Callable[[str], bool]) -> Iterat
                 reason = "reads a weight that torch.nn.utils.parametrize computes"
             elif module._forward_hooks or module._forward_pre_hooks:
                 reason = "has hooks, which an adapter would pass by: register yours after get_peft_model"
+        elif isinstance(module, nn.Embedding) and writes_into_weight(module):
+            reason = "writes into its table (max_norm)"
         if past_forward or reason is not None:
             pass
         elif isinstance(module, nn.Linear):
@@ -115,6 +117,11 @@ def weight_of(module: nn.Module) -> Any:
         return getattr(module, "weight", None)
     held: Any = module.parametrizations
     return max(held.weight._parameters.values(), key=torch.Tensor.numel)  # weight norm: the direction
+
+
+def writes_into_weight(module: nn.Module) -> bool:
+    """Whether its forward shortens rows of its weight in place, as an embedding's with `max_norm` does."""
+    return getattr(module, "max_norm", None) is not None
 
 
 def _looks_up_ids(module: nn.Embedding) -> bool:

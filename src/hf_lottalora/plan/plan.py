@@ -14,6 +14,7 @@ from ..options import Magnitude
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import ScaffoldTensor, combined_digest
 from .canonical import canonical_json, describe, digest_of
+from .left_out import LeftOut
 from .report import Reported, name_of
 from .survey import Survey, SurveyedTensor
 
@@ -147,6 +148,7 @@ class Plan(Reported):
         seed: the scaffold's.
         targets: paths of the modules that carry an adapter, the token embedding apart.
         rule: why these, for people to read.
+        left_out: what the rule would have taken, and why it has not.
         options: the config's decisive ones, when it was planned.
         digests: filled once, by `scaffold_digests`.
     """
@@ -157,6 +159,7 @@ class Plan(Reported):
     seed: int
     targets: tuple[str, ...] = ()
     rule: str = ""
+    left_out: tuple[LeftOut, ...] = ()
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)

@@ -19,10 +19,11 @@ from ..scaffold.scales import scale_of
 from ..scaffold.tensor import ScaffoldTensor
 from .adapter_planner import ADAPTED_HEADS, plan_adapters
 from .canonical import first_change, read_back
+from .names import near
 from .patterns import by_pattern, parents, under
 from .plan import Plan, PlannedAdapter, PlannedTensor, Role
 from .survey import Survey, SurveyedTensor, survey_model
-from .targets import near, written_by_0_1
+from .targets import check_choice, written_by_0_1
 from .targets_0_1 import with_heads_of_0_1
 
 # PEFT's task classes append these to modules_to_save whether the model has them or not.
@@ -52,8 +53,8 @@ def make_plan(model: nn.Module, config: LottaLoraConfig) -> Plan:
     return plan_from_survey(survey_model(model), copy.copy(config))
 
 
-def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
-    """Give each tensor its one role.
+def plan_from_survey(survey: Survey, config: LottaLoraConfig, again: bool = False) -> Plan:
+    """Give each tensor its one role; `again` where a plan was made from all of it, but for the seed: without warnings.
 
     Raises:
         ValueError: no module matches the targets, a target is of an unsupported type, options disagree on a tied
@@ -72,9 +73,11 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
     planned = [_plan_tensor(tensor, survey, config, extra, adapted) for tensor in survey.tensors]
     _check_biases(planned, adapters)
     tensors = tuple(_with_norm_of_direction(tensor, planned) for tensor in planned)
-    paths, options = tuple(sorted(targets.paths)), config.decisive_options()
-    plan = Plan(survey, tensors, tuple(adapters), int(config.seed or 0), paths, targets.rule, options)
+    seed, paths, options = int(config.seed or 0), tuple(sorted(targets.paths)), config.decisive_options()
+    plan = Plan(survey, tensors, tuple(adapters), seed, paths, targets.rule, targets.left_out, options)
     _check_patterns(plan, config)
+    if not again:
+        check_choice(survey, config, targets)
     return plan
 
 
@@ -101,7 +104,15 @@ def _plan_tensor(
 
 
 def _checked_role(tensor: SurveyedTensor, role: Role, saved: bool = False) -> Role:
-    """The role, if a tensor that something else holds can have it: such a one can only be kept, where it is."""
+    """The role, if the tensor can have it: one that something else holds can only be kept, where it is; one that a
+    forward pass writes into is neither what a seed draws nor what it was.
+    """
+    if tensor.written and role != "trained" and not saved:
+        wanted = "drawn: it would not stay what the seed draws" if role == "scaffold" else "kept out of the artifact"
+        raise ValueError(
+            f"{tensor.path!r} is a weight under max_norm, whose forward writes into it, so it cannot be {wanted}. "
+            "Train it whole: embeddings='train', or name it in modules_to_save; or build the model without max_norm."
+        )
     if tensor.held is None or (role == "kept" and not saved):
         return role
     loaded = "Load the model in memory without quantisation, or"

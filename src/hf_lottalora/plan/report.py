@@ -48,6 +48,8 @@ class Reported:
                 adapters together, the third those of A, B and beta that are trained.
             artifact_bytes: about, as `print` says.
             targets, rule: paths of the modules that carry an adapter, the token embedding apart, and why these.
+            left_out: what the rule would have taken: paths (numbers of layers as stars), the reason why it has not, and
+                the option of the config that decides it, "" where none does.
             tensors: of the base model, each with path, aliases (all paths of a tied one), name (canonical), kind, role,
                 shape, dtype, parameters, bytes, saved, in_head, and `base` and `start`: what it is without adapters,
                 and how a trained copy starts. These are None for as it is, "constant" for the architecture's own, or
@@ -71,6 +73,7 @@ class Reported:
             "artifact_bytes": self.artifact_bytes(),
             "targets": list(self.targets),
             "rule": self.rule,
+            "left_out": [{**left._asdict(), "paths": list(left.paths)} for left in self.left_out],
             "tensors": [
                 {
                     "path": tensor.path,
@@ -129,6 +132,7 @@ class Reported:
                 f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of "
                 f"which A, B and beta {self.adapter_parameters:,}",
                 f"adapters  on {len(self.targets)} layers ({self.rule})",
+                *(f"left out  {left}{left.option and f' ({left.option})'}" for left in self.left_out),
                 *(
                     [f"forward   {len(around)} of them keep their own, and one output each: {', '.join(classes)}"]
                     * bool(around)

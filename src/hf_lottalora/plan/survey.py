@@ -23,7 +23,7 @@ from .bases import check_unwrapped
 from .heads import base_prefix, embedding_module
 from .heads import inner_heads as find_inner_heads
 from .initialization import InitialValue, architecture_init
-from .modules import RECURRENT, SurveyedModule, surveyed_modules, weight_of
+from .modules import RECURRENT, SurveyedModule, surveyed_modules, weight_of, writes_into_weight
 from .structure import unread_classes
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "parameter", "buffer"]
@@ -51,6 +51,7 @@ class SurveyedTensor:
         arbitrary: whether it is a parameter that no init code sets, and not one constant either: its values are
             whatever the module was built with.
         held: what holds it, in words, where nothing can be drawn into it: see `foreign_tensors`.
+        written: whether a forward pass writes into it, as under an embedding's `max_norm`.
     """
 
     path: str
@@ -69,6 +70,7 @@ class SurveyedTensor:
     zero_row: int | None = None
     arbitrary: bool = False
     held: str | None = None
+    written: bool = False
 
     @property
     def numel(self) -> int:
@@ -128,6 +130,7 @@ def survey_model(model: nn.Module) -> Survey:
     paths: dict[int, list[str]] = {}
     owners: dict[int, tuple[nn.Module, str]] = {}
     holders: dict[int, dict[tuple[int, str], str]] = {}
+    written: set[int] = set()
     for module_path, module in clean_modules(model):
         persistent = set(module._buffers) - module._non_persistent_buffers_set
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -136,6 +139,8 @@ def survey_model(model: nn.Module) -> Survey:
             key = same.get(id(tensor), id(tensor))
             path = f"{module_path}.{attribute}" if module_path else attribute
             paths.setdefault(key, []).append(path)
+            if attribute == "weight" and writes_into_weight(module):
+                written.add(key)
             owners.setdefault(key, (module, attribute))
             holders.setdefault(key, {}).setdefault((id(module), attribute), path)
 
@@ -183,6 +188,7 @@ def survey_model(model: nn.Module) -> Survey:
                 **_fans(module, tensor),
                 arbitrary=kinds[key] != "matrix" and key not in held and _is_arbitrary(tensor, init[key]),
                 held=held.get(key),
+                written=key in written,
                 zero_row=getattr(module, "padding_idx", None) if kinds[key] == "embedding" else None,
             )
         )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
-from difflib import get_close_matches
+from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -13,8 +12,10 @@ from peft.utils.other import get_pattern_key
 
 from ..config import DefaultTargets, LottaLoraConfig
 from . import targets_0_1
+from .left_out import LeftOut, condensed, layers_outside_head, why_left_out
 from .modules import SurveyedModule
-from .patterns import by_pattern
+from .names import layers_there_are, meant, near
+from .patterns import under
 from .structure import NO_PROJECTION
 from .survey import Survey
 
@@ -31,14 +32,16 @@ class Targets(NamedTuple):
     Attributes:
         paths: of the modules.
         rule: why these, for people to read.
+        left_out: what the rule would have taken, and why it has not.
     """
 
     paths: set[str]
     rule: str
+    left_out: tuple[LeftOut, ...] = ()
 
 
-def choose_targets(survey: Survey, config: LottaLoraConfig) -> Targets:
-    """The modules that `config` means.
+def choose_targets(survey: Survey, config: LottaLoraConfig, whole: set[str]) -> Targets:
+    """The modules that `config` means; `whole` are the paths that `modules_to_save` trains as a whole.
 
     Raises:
         ValueError: an artifact names a module that is not there, or a plain `nn.Module` is to have a default.
@@ -47,9 +50,9 @@ def choose_targets(survey: Survey, config: LottaLoraConfig) -> Targets:
         return Targets(_recorded(survey, config.resolved_targets), "recorded in the artifact")
     targets = config.target_modules
     if targets is None or isinstance(targets, DefaultTargets):
-        return _default(survey, config)
+        return _default(survey, config, whole)
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        return _all_linear(survey, config)
+        return _all_linear(survey, config, whole)
     return Targets(_matching(survey, config, config.target_modules), "target_modules")
 
 
@@ -66,7 +69,7 @@ def _recorded(survey: Survey, paths: Iterable[str]) -> set[str]:
     return set(paths)
 
 
-def _default(survey: Survey, config: LottaLoraConfig) -> Targets:
+def _default(survey: Survey, config: LottaLoraConfig, whole: set[str]) -> Targets:
     table = targets_0_1.ATTENTION_PROJECTIONS if written_by_0_1(config) else ATTENTION_PROJECTIONS
     names = table.get(survey.model_type or "")
     if names is not None:
@@ -76,44 +79,48 @@ def _default(survey: Survey, config: LottaLoraConfig) -> Targets:
     if survey.architecture is None or written_by_0_1(config):
         what = f"model type {survey.model_type!r}" if survey.model_type else "a plain nn.Module"
         raise ValueError(f"There are no default target_modules for {what}. {layers_there_are(survey)}")
-    usable = _usable(survey, config)
-    mixing = _paths(config, (m for m in usable if m.mixes_tokens and (m.kind != "conv" or set(m.kernel) == {1})))
-    if mixing:
-        return Targets(mixing, "by structure: projections of the modules that attend or mix tokens")
-    others = _paths(
-        config,
-        (m for m in usable if not _EMBEDS.search(m.path) and not NO_PROJECTION.search(m.path.rpartition(".")[2])),
-    )
-    return Targets(others, "by structure: nothing attends, so all linear layers and convolutions outside embeddings")
+    there = list(layers_outside_head(survey))
+    mixing = (m for m in there if m.mixes_tokens and (m.kind != "conv" or set(m.kernel) == {1}))
+    rule = "by structure: projections of the modules that attend or mix tokens"
+    projections = _choice(survey, config, whole, mixing, rule)
+    if projections.paths:
+        return projections
+    some = any(module.mixes_tokens for module in survey.modules)
+    why = "what attends offers no layer to adapt" if some else "nothing attends"
+    others = (m for m in there if not _EMBEDS.search(m.path) and not NO_PROJECTION.search(m.path.rpartition(".")[2]))
+    rule = f"by structure: {why}, so all linear layers and convolutions outside embeddings"
+    return _choice(survey, config, whole, others, rule)
 
 
-def _all_linear(survey: Survey, config: LottaLoraConfig) -> Targets:
+def _all_linear(survey: Survey, config: LottaLoraConfig, whole: set[str]) -> Targets:
     if written_by_0_1(config):
         read = targets_0_1.WEIGHT_IS_READ.get(survey.model_type or "", ())
         linear = (m for m in survey.modules if m.path.rpartition(".")[2] not in read)
         return Targets(_paths(config, (m for m in linear if m.kind == "linear" and not m.in_head)), "all-linear")
-    usable = _usable(survey, config)
-    if chosen := _paths(config, (m for m in usable if m.kind == "linear")):
-        return Targets(chosen, "all-linear")
-    convolutions = _paths(config, (m for m in usable if m.kind == "conv"))
-    return Targets(convolutions, "all-linear: there are no linear layers, so all convolutions")
+    there = list(layers_outside_head(survey))
+    chosen = _choice(survey, config, whole, there, "all-linear", {"linear"})
+    if chosen.paths:
+        return chosen
+    some = any(m.kind == "linear" for m in there)
+    why = "no linear layer can carry an adapter" if some else "there are no linear layers"
+    return _choice(survey, config, whole, there, f"all-linear: {why}, so all convolutions", {"conv"})
 
 
-def _usable(survey: Survey, config: LottaLoraConfig) -> list[SurveyedModule]:
-    """Modules that nobody named and that can carry an adapter with these options: their own, which is called."""
+def _choice(
+    survey: Survey,
+    config: LottaLoraConfig,
+    whole: set[str],
+    modules: Iterable[SurveyedModule],
+    rule: str,
+    kinds: Container[str] = ("linear", "conv", "projection"),
+) -> Targets:
+    """Of modules that nobody named, those that can carry an adapter with these options: their own, which is called."""
     tied = (alias for tensor in survey.tensors if len(tensor.holders) > 1 for alias in tensor.aliases)
     shared = {alias.rpartition(".")[0] for alias in tied}
-    alone = (m for m in survey.modules if len(m.places) == 1 and m.path not in shared)
-    return [m for m in alone if not m.in_head and not m.is_read and _fits(m, config)]
-
-
-def _fits(module: SurveyedModule, config: LottaLoraConfig) -> bool:
-    if module.kind == "conv" and (config.layer_norm or (config.dora_magnitude == "inputs" and config.lora_dropout)):
-        return False
-    if module.kind == "projection" and (config.layer_norm or config.lora_dropout):
-        return False
-    rank: int = by_pattern(config, "rank_pattern", module.path, config.r)
-    return module.kind in ("linear", "conv", "projection") and rank % module.groups == 0
+    wanted = _paths(config, modules := list(modules))
+    reasons = {m.path: why_left_out(m, config, shared, kinds) for m in modules if m.path in wanted}
+    left_out = {path: why for path, why in reasons.items() if why is not None and not under(path, whole)}
+    return Targets(wanted - {path for path, why in reasons.items() if why}, rule, condensed(left_out))
 
 
 def _paths(config: LottaLoraConfig, modules: Iterable[SurveyedModule]) -> set[str]:
@@ -145,9 +152,18 @@ def written_by_0_1(config: LottaLoraConfig) -> bool:
 
 
 def check_choice(survey: Survey, config: LottaLoraConfig, targets: Targets) -> None:
-    """Warn of names and layers that match nothing beside others that do, as PEFT's lists for several models may."""
+    """Warn of names and layers that match nothing beside others that do, as PEFT's lists for several models may; of
+    layers that an option leaves out; and of code that cannot be read.
+    """
     if config.resolved_targets is not None:
         return
+    for left in targets.left_out:
+        if left.option:
+            warnings.warn(
+                f"{left.option} leaves out {left}. So other values of it change which layers carry adapters. To decide "
+                "that yourself, name layers in target_modules, or these in exclude_modules.",
+                stacklevel=2,
+            )
     if survey.unread_classes and targets.rule.startswith(("by structure", "all-linear")):
         warnings.warn(
             f"The source of {', '.join(survey.unread_classes)} cannot be read, so it is unknown which layers attend "
@@ -157,11 +173,15 @@ def check_choice(survey: Survey, config: LottaLoraConfig, targets: Targets) -> N
     paths = {place for module in survey.modules for place in module.places}
     for option in ("target_modules", "exclude_modules"):
         names = getattr(config, option) or ()
-        if not isinstance(names, (str, DefaultTargets)):
+        if isinstance(names, str):
+            missed = option == "exclude_modules" and not any(re.fullmatch(names, path) for path in paths)
+            _warn(option, [names] * missed, paths, as_given=True)
+        elif not isinstance(names, DefaultTargets):
             _warn(option, [n for n in names if not any(p == n or p.endswith(f".{n}") for p in paths)], paths)
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, name) or {}
         adapted = [*targets.paths, *(m.path for m in survey.modules if m.in_head or m.kind == "embedding")]
+        adapted += [path for left in targets.left_out for path in left.paths]  # of which was warned already
         _warn(
             name, [key for key in pattern if not any(get_pattern_key([key], path) == key for path in adapted)], adapted
         )
@@ -177,37 +197,7 @@ def check_choice(survey: Survey, config: LottaLoraConfig, targets: Targets) -> N
             )
 
 
-def _warn(option: str, names: Iterable[str], paths: Iterable[str]) -> None:
+def _warn(option: str, names: Iterable[str], paths: Iterable[str], as_given: bool = False) -> None:
     for name in sorted(names):
-        warnings.warn(
-            f"{option} names {name!r}, which matches no layer{near(name, paths)}. It is ignored.", stacklevel=2
-        )
-
-
-def near(name: str, paths: Iterable[str]) -> str:
-    """`; did you mean ...?` with the names in these paths that look like it, "" where none does.
-
-    Example:
-        >>> near("q_porj", ["layers.0.q_proj", "layers.0.k_proj"])
-        "; did you mean 'q_proj'?"
-    """
-    parts = name.count(".") + 1
-    ends = {".".join(path.split(".")[-parts:]) for path in paths}
-    close = get_close_matches(name, sorted(ends - {name}), n=1, cutoff=0.75)
-    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-
-
-def layers_there_are(survey: Survey) -> str:
-    """What to pass instead: a model's linear layers, or convolutions, or its head; and why others are no choice."""
-    linear, convolutions = (_starred(m.path for m in survey.modules if m.kind == kind) for kind in ("linear", "conv"))
-    kind, names = ("linear layers", linear) if linear else ("convolutions", convolutions)
-    advice = f"Pass target_modules; its {kind} are: {', '.join(names) or 'none'}."
-    if names and all(m.in_head for m in survey.modules if m.kind in ("linear", "conv")):
-        advice = f"Pass head='lora' to adapt its head alone ({', '.join(names)})."
-    others = dict.fromkeys(f"{m.type_name} {m.reason}" for m in survey.modules if m.reason)
-    return f"{advice} Without a choice: {'; '.join(others)}." if others else advice
-
-
-def _starred(paths: Iterable[str]) -> list[str]:
-    """Paths with the numbers of their layers as stars, each once."""
-    return list(dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", path) for path in paths))
+        guess = meant(name if as_given else [name], paths)
+        warnings.warn(f"{option} names {name!r}, which matches no layer{guess}. It is ignored.", stacklevel=2)

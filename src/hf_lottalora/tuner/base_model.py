@@ -93,7 +93,7 @@ def can_be_virtual(model: nn.Module, tensor: PlannedTensor) -> bool:
     """Whether a scaffold tensor can be other than dense: not what fused kernels read by its address."""
     owner, attribute = owner_of(model, tensor.path)
     exact = isinstance(tensor.base, ScaffoldTensor) and tensor.base.exact
-    elsewhere = isinstance(owner, (nn.RNNBase, nn.MultiheadAttention)) or getattr(owner, "max_norm", None) is not None
+    elsewhere = isinstance(owner, (nn.RNNBase, nn.MultiheadAttention))
     return tensor.role == "scaffold" and exact and attribute in owner._parameters and not elsewhere
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
 from .base_model import BaseTensors, check_loadable, materialise
 from .merging import Merging
-from .placing import Placing
+from .placing import Placing, as_planned
 from .progress import progress
 from .reseed import SeedSwitching
 from .saving import Saving
@@ -95,8 +96,8 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         copies what has the adapter's name; trained tensors have the base model's.
 
         Raises:
-            ValueError: the plan is impossible, or another scaffold than the model's is asked for. The model is then
-                as it was.
+            ValueError: the plan is impossible, or another scaffold than the model's is asked for, or a context is open
+                that restores it. The model is then as it was.
         """
         if state_dict is not None:
             raise ValueError(
@@ -105,6 +106,12 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         config = self.peft_config[adapter_name]
         _check_adapter_name(adapter_name, model, self.plans)
         first = self.survey is None
+        if self._switched:
+            raise ValueError(
+                f"Within scaffold_seed or scaffold_off adapter {adapter_name!r} cannot be added: at their end the "
+                "model has its own scaffold again, and the adapter would not have that of its seed. Add or load it "
+                "outside, and train it over another scaffold within."
+            )
         if first and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
                 "The base model already carries adapters, whose scaffold would be drawn over. Call unload() on the "
@@ -131,6 +138,15 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         )
         copied = next(same, None) if start else None
 
+        if config.frozen_by_file:
+            warnings.warn(
+                f"Adapter {adapter_name!r} will not be trained: its config was read from an artifact, which says "
+                "inference_mode=True. To train a new adapter with it, set config.inference_mode = False first; to go "
+                "on with the artifact's, PeftModel.from_pretrained(model, path, is_trainable=True).",
+                UserWarning,
+                stacklevel=2,
+            )
+
         # From here on the model changes.
         if first:
             if config.scaffold_digests is None:  # an artifact that is loaded was made over this base on purpose
@@ -153,10 +169,12 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         self.trained.add(model, adapter_name, plan, start)
         if config.target_modules is None:
             config.target_modules = DefaultTargets(plan.targets)
-        requested = config.target_modules  # PEFT expands "all-linear" and condenses long lists in place
-        with self._switching(), PrivateRandomness():  # nn.Linear's constructor draws, though its values are not used
+        with (
+            as_planned(config, plan),
+            self._switching(),
+            PrivateRandomness(),
+        ):  # nn.Linear's constructor draws, though its values are not used
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        config.target_modules = requested
         self._finish_adapters(model, adapter_name, plan, config, start)
         self.switches.trained |= {adapter_name} if self.trained.planned[adapter_name] else set()
         self._unfused.extend(unfuse(model))
@@ -213,10 +231,15 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         return name
 
     def verify_scaffold(self, full: bool = False) -> None:
-        """Compare the live scaffold, in its dtype, with what the seed draws: sampled runs, or every weight.
+        """Compare the live scaffold, in its dtype, with what the seed draws. Without a scaffold there is nothing to do.
+
+        Args:
+            full: every weight; otherwise 66 runs of 64 weights of each tensor. Families that need a whole matrix
+                (orthogonal, spectral_radius) are always compared whole, to rounding.
 
         Raises:
-            ValueError: a weight differs; the first such tensor is named. Also while adapters are merged.
+            ValueError: a weight differs; the first such tensor is named. Also where adapters are merged into it, and
+                within `scaffold_off`; within `scaffold_seed` it is that seed which counts.
         """
         scaffold = self.get_plan().scaffold
         with progress("Verifying the scaffold", sum(spec.numel for spec in scaffold.values())) as done:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -20,6 +23,27 @@ from ..layers.switches import Switches
 from ..paths import clean_modules
 from ..plan.plan import Plan
 from ..residency.foreign import in_memory, is_foreign
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+@contextmanager
+def as_planned(config: LottaLoraConfig, plan: Plan) -> Iterator[None]:
+    """While PEFT injects: without what matches no layer, of which the plan has warned, and to be changed by PEFT.
+
+    PEFT expands "all-linear", condenses long lists in place, and would warn once more.
+    """
+    requested = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", *_PATTERNS)}
+    paths = [adapter.module for adapter in plan.adapters if adapter.kind != "tied_head"]
+    try:
+        config.exclude_modules = None
+        for name in _PATTERNS:
+            keys = [key for key in requested[name] if any(get_pattern_key([key], path) == key for path in paths)]
+            setattr(config, name, {key: requested[name][key] for key in keys})
+        yield
+    finally:
+        for name, value in requested.items():
+            setattr(config, name, value)
 
 
 class Placing:

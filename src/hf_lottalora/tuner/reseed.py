@@ -164,7 +164,7 @@ class SeedSwitching:
             self.set_scaffold_seed(seed)
 
     def _restorer(self) -> Callable[[], None]:
-        """What makes scaffold, plans and configs again what they are now; adapters added meanwhile get their seed."""
+        """What makes scaffold, plans and configs again what they are now."""
         configs, plans, first = dict(self.peft_config), dict(self.plans), (self.first_config, self.first_plan)
         switched = self._switched
 
@@ -193,7 +193,7 @@ class SeedSwitching:
         """The config and plan for another seed; a config may be other models' too, so it is copied."""
         config = copy.copy(config)
         config.adapter_seed, config.seed = config.effective_adapter_seed, seed
-        plan = config._plan = plan_from_survey(old.survey, config)
+        plan = config._plan = plan_from_survey(old.survey, config, again=True)
         plan.kept_digests.update(old.kept_digests)
         return config, plan
 
