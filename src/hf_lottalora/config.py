@@ -400,9 +400,8 @@ class LottaLoraConfig(LoraConfig):
         """With what is recorded of the model that it is used for, if any."""
         recorded: dict[str, Any] = {}
         if self._plan is not None:
-            recorded = {**self._plan.recorded_digests(), "other_dtypes": self._other_dtypes}
-            recorded["resolved_targets"] = list(self._plan.targets)
-            recorded["padding_rows"] = self._plan.padding_rows
+            recorded = {**self._plan.recorded_digests(), **self._plan.recorded_options()}
+            recorded["other_dtypes"] = self._other_dtypes
             recorded |= self._as_planned(recorded.keys())
         if isinstance(self.target_modules, DefaultTargets):
             recorded["target_modules"] = None

@@ -67,11 +67,11 @@ BROKEN = {
     ),
     "newer format in the weights": (lambda f: edit_manifest(f, format_version=2), BOTH, "scaffold format 2 .*Upgrade"),
     "missing key": (
-        lambda f: edit_weights(f, model__norm__weight=None), BOTH, r"lacks 'base_model.model.model.norm.weight'",
+        lambda f: edit_weights(f, model__norm__weight=None), BOTH, r"lacks 'base_model.model.model.norm.weight'|expected the \d+ tensors that were saved",
     ),
-    "foreign key": (lambda f: edit_weights(f, spy=torch.ones(1)), BOTH, "has the foreign key 'base_model.model.spy'"),
+    "foreign key": (lambda f: edit_weights(f, spy=torch.ones(1)), BOTH, "has the foreign key 'base_model.model.spy'|tensors that were saved"),
     "wrong shape": (
-        lambda f: edit_weights(f, model__norm__weight=torch.ones(31)), BOTH, r"norm.weight' with shape \(31,\), expected \(32,\)",
+        lambda f: edit_weights(f, model__norm__weight=torch.ones(31)), BOTH, r"norm.weight' (with shape \(31,\), expected \(32,\)|is not the tensor that was saved)",
     ),
     "pickled": (pickle_instead, "config", "weights in adapter_model.bin, a pickle"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "config", "has no adapter_model.safetensors"),
@@ -79,9 +79,9 @@ BROKEN = {
     "no seed": (lambda f: edit_config(f, seed=...), "config", "has no 'seed'"),
     "no format version": (lambda f: edit_config(f, format_version=...), "config", "has no 'format_version'"),
     "newer format in the config": (lambda f: edit_config(f, format_version=2), "config", "Scaffold format 2 .* Upgrade"),
-    "other family in the config": (lambda f: edit_config(f, family="binary"), "config", "'layers.0.mlp.down_proj.weight' has digest"),
+    "other family in the config": (lambda f: edit_config(f, family="binary"), "config", "adapter_config.json: family: expected 'normal'.* found 'binary'"),
     "other options in the config": (
-        lambda f: edit_config(f, embeddings="frozen"), "config", "'embed_tokens.weight' is in this model but not in the artifact",
+        lambda f: edit_config(f, embeddings="frozen"), "config", "adapter_config.json: embeddings: expected 'train'.* found 'frozen'",
     ),
 }  # fmt: skip
 

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..plan.canonical import first_change, first_contradiction, read_back
-from .config_json import load_architecture
+from ..plan.canonical import first_change, first_contradiction, first_edit, read_back
 from .hollow import hollow
 from .reader import read_json
 
@@ -61,11 +60,9 @@ def check_config_file(content: Mapping[str, Any], file: str, where: str) -> None
     if described is None:
         return
     said = read_json(file)
-    differences = [("architectures", [content["class"]], said.get("architectures"))]
-    differences += [("dtype", described["dtype"], said.get("dtype"))]
-    differences += [("model_type", described["values"].get("model_type"), said.get("model_type"))]
-    difference = next((one for one in differences if one[1] != one[2]), None)
-    difference = difference or first_contradiction(described, load_architecture(file))
+    facts = (("architectures", [content["class"]]), ("dtype", described["dtype"]))
+    difference = next(((key, value, said.get(key)) for key, value in facts if said.get(key) != value), None)
+    difference = difference or first_edit(described, PreTrainedConfig.get_config_dict(file)[0])
     if difference:
         key, expected, found = difference
         raise ValueError(

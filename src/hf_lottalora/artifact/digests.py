@@ -42,6 +42,11 @@ def summed_up(digests: Mapping[str, str]) -> dict[str, str]:
     return {"digest": whole, "each": "".join(digest[:_SHOWN] for digest in ordered)}
 
 
+def number_of(recorded: Mapping[str, str]) -> int:
+    """How many tensors were summed up."""
+    return len(recorded["each"]) // _SHOWN
+
+
 def differing(recorded: Mapping[str, str], digests: Mapping[str, str]) -> str | None:
     """The first key whose tensor is not the recorded one, None where all are."""
     if summed_up(digests)["digest"] == recorded["digest"]:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str], dtype:
     folder = Path(save_directory)
     architecture = plan.survey.architecture
     if architecture is not None:
-        architecture = type(architecture).from_dict(architecture.to_dict())
+        architecture = copy.deepcopy(architecture)
         architecture.architectures = [plan.survey.class_name]
         architecture.dtype = dtype
         architecture.save_pretrained(folder)

@@ -23,7 +23,7 @@ from ..plan.plan import MANIFEST_KEY, Plan
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import combined_digest, first_difference
 from .architecture import check_architecture
-from .digests import differing, summed_up, tensor_digests
+from .digests import differing, number_of, summed_up, tensor_digests
 from .reader import ArtifactError, parse
 
 _FIELDS_OF_0_1 = {"format_version", "generator", "seed", "digest", "scaffold", "kept", "scaling", "residual", "rows"}
@@ -135,12 +135,16 @@ def check_tensors(
     """
     if (recorded := content.get("tensors")) is None:
         return
-    key = differing(recorded, tensor_digests((key for key in keys if key != MANIFEST_KEY), tensor_of))
-    if key is not None:
-        raise ValueError(
-            f"{where}: {key!r} is not the tensor that was saved: its bytes, dtype, shape or name differ, or another "
-            "one was added or removed. Nothing was loaded. Copy or download the file again. To load values that you "
-            "changed, change those of get_peft_model_state_dict(model), whose manifest says nothing of them."
+    found = tensor_digests((key for key in keys if key != MANIFEST_KEY), tensor_of)
+    advice = (
+        "Nothing was loaded. Copy or download the file again. To load values that you changed, change those of "
+        "get_peft_model_state_dict(model), whose manifest says nothing of them."
+    )
+    if len(found) != (saved := number_of(recorded)):
+        raise ArtifactError(f"{where}: expected the {saved} tensors that were saved, found {len(found)}. {advice}")
+    if (key := differing(recorded, found)) is not None:
+        raise ArtifactError(
+            f"{where}: {key!r} is not the tensor that was saved: its bytes, dtype, shape or name differ. {advice}"
         )
 
 

@@ -43,10 +43,10 @@ def describe(architecture: Any) -> dict[str, Any]:
     """What the manifest of an artifact says of a configuration.
 
     Returns:
-        values: what decides, by key, parts (text, vision) as dictionaries; as its `config.json` gives it back.
+        values: what decides, by key, parts (text, vision) as dictionaries.
         chosen: paths of those that are not the class's default: a release that lacks them builds another model.
     """
-    values = plain(read_back(architecture))
+    values = plain(architecture)
     defaults = _defaults(values)
     chosen = [path for path, _ in _leaves(values) if not _holds(defaults, path, values)]
     return {"values": values, "chosen": chosen}
@@ -71,14 +71,31 @@ def first_contradiction(described: Mapping[str, Any], architecture: Any) -> tupl
     return None
 
 
+def first_edit(described: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key in which a `config.json` does not say what was described, None where it does.
+
+    What is its class's default, need not stand in it.
+    """
+    recorded, said = described["values"], decisive(content)
+    for path, value in _leaves(said):
+        if not _holds(recorded, path, said):
+            return path, _at(recorded, path) if _has(recorded, path) else UNKNOWN, value
+    missing = next((path for path in described["chosen"] if not _has(said, path)), None)
+    return missing and (missing, _at(recorded, missing), UNKNOWN)
+
+
 UNKNOWN = "nothing"  # of a key that one side does not have
 
 
 def plain(architecture: Any) -> dict[str, Any]:
     """The keys of a configuration that decide what its model computes in evaluation, as JSON has them."""
+    return decisive(architecture.to_dict())
+
+
+def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the content of a configuration, without the neutral keys, as JSON has it."""
     # Through text, so that tuples and lists, numbers and strings as keys, and NaN and NaN are the same.
-    content = json.loads(json.dumps(architecture.to_dict(), default=str), parse_constant=str)
-    return _decisive(content)
+    return _decisive(json.loads(json.dumps(content, default=str), parse_constant=str))
 
 
 def _decisive(content: Mapping[str, Any]) -> dict[str, Any]:

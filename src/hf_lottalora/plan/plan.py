@@ -216,6 +216,10 @@ class Plan(Reported):
         """What adapter_config.json records of the tensors that the artifact does not contain."""
         return {"scaffold_digests": self.scaffold_digests(), "kept_digests": self.kept_digests}
 
+    def recorded_options(self) -> dict[str, Any]:
+        """What it records of the choices that were made."""
+        return {"resolved_targets": list(self.targets), "padding_rows": self.padding_rows}
+
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every key of the adapter file but the manifest, with its shape."""
         shapes = {
@@ -276,7 +280,8 @@ class Plan(Reported):
         """Size of `adapter_model.safetensors`, to within a few bytes: saved tensors, manifest, header."""
         dtypes = {saved_key(path): tensor.survey.dtype for path, tensor in self.saved.items()}
         keys = self.saved_shapes()
-        manifest = self.manifest(self.options, torch.float32, {"digest": "0" * 64, "each": "0" * 8 * len(keys)})
+        options = {**self.options, **self.recorded_options(), "other_dtypes": {}}
+        manifest = self.manifest(options, torch.float32, {"digest": "0" * 64, "each": "0" * 8 * len(keys)})
         shapes = {**keys, MANIFEST_KEY: tuple(manifest.shape)}
         dtypes[MANIFEST_KEY] = torch.uint8
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
