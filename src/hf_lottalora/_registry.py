@@ -11,6 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import PeftType, register_peft_method
 
 NAME = "LOTTALORA"
+_SAVING = ("safe_serialization", "selected_adapters", "save_embedding_layers", "is_main_process")
 
 
 def _add_peft_type() -> None:
@@ -27,18 +28,19 @@ def _add_peft_type() -> None:
     type.__setattr__(PeftType, NAME, member)
 
 
-def _refuse_push_on_save() -> None:
-    """`save_pretrained(push_to_hub=True)`, which PEFT takes and then ignores. Nothing of ours sees that argument."""
+def _push_on_save() -> None:
+    """`save_pretrained(push_to_hub=True)`, which PEFT takes and then ignores."""
     save = PeftModel.save_pretrained
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("push_to_hub") and any(config.peft_type == NAME for config in self.peft_config.values()):
-            raise ValueError(
-                "save_pretrained does not push to the hub, and nothing was written. Save without push_to_hub=True, and "
-                "call model.push_to_hub('user/name'), which takes private, token, revision, commit_message, create_pr."
-            )
-        save(self, save_directory, *args, **kwargs)
+        from .artifact.hub_methods import is_ours, save_and_push
+
+        if is_ours(self) and kwargs.pop("push_to_hub", False):
+            kwargs |= zip(_SAVING, args, strict=False)
+            save_and_push(save, self, save_directory, **kwargs)
+        else:
+            save(self, save_directory, *args, **kwargs)
 
     PeftModel.save_pretrained = save_pretrained
 
@@ -72,6 +74,7 @@ def register() -> None:
         RuntimeError: another package has registered a PEFT method of this name.
     """
     _add_peft_type()
+    from .artifact.hub_methods import install
     from .config import LottaLoraConfig
     from .tuner.model import LottaLoraModel
 
@@ -83,6 +86,7 @@ def register() -> None:
         raise RuntimeError(f"The PEFT method {NAME} is already registered by {taken_by.__module__}.")
     # The prefix must be LoRA's: under another one PEFT freezes A and B and stops reporting missing keys.
     register_peft_method(name=NAME.lower(), config_cls=LottaLoraConfig, model_cls=LottaLoraModel, prefix="lora_")
-    _refuse_push_on_save()
+    _push_on_save()
+    install()
     _load_without_a_base()
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is LottaLoraModel and PEFT_TYPE_TO_PREFIX_MAPPING[member] == "lora_"

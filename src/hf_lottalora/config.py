@@ -37,6 +37,9 @@ from .scaffold.families import get_family
 class ArtifactFiles(Protocol):
     """What `artifact` does with the files beside a config."""
 
+    def pinned(self, path: str | os.PathLike[str], subfolder: str | None, **hub: Any) -> dict[str, Any]:
+        """Before one is read: the hub's options, for one commit."""
+
     def check_artifact_files(
         self, config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None, **hub: Any
     ) -> None:
@@ -247,6 +250,7 @@ class LottaLoraConfig(LoraConfig):
         self._custom_modules = {nn.Module: _refuse_lora_tuner}  # asked by PEFT's LoraModel, not by ours
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
         self._artifact_architecture: str | None = None  # path of its config.json
+        self._artifact_commit: str | None = None  # of the hub repository that it was just read from
         self._values_follow = False  # a file has them, so no starting values are drawn
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
@@ -326,10 +330,13 @@ class LottaLoraConfig(LoraConfig):
         Raises:
             ValueError: no seed or format version, a newer format, weights that are missing, truncated, pickled, or of
                 another seed. Nothing has been changed by then.
+            OSError: the hub could not be asked, or refused; the message says what happened.
         """
+        kwargs |= artifact_files.pinned(pretrained_model_name_or_path, subfolder, **kwargs)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if isinstance(config, cls):
             artifact_files.check_artifact_files(config, pretrained_model_name_or_path, subfolder, **kwargs)
+            config._artifact_commit = kwargs.get("revision")
         return config  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from ..residency.forms import Residency, check_residency
 from .arguments import instead_of, one_device, one_dtype
 from .files import HUB_OPTIONS, locate
 from .hollow import BUILDING, hollow
+from .hub import pinned
 from .loaders import builds, loader_of
 
 
@@ -66,6 +67,7 @@ class AutoLottaLora:
         Raises:
             TypeError: an argument that is not taken; the message says what to use instead.
             ValueError: something is missing, damaged, or belongs to another scaffold; the message names it.
+            OSError: the hub has no such repository, refuses it or cannot be reached; the message says which.
         """
         unknown = sorted(hub_kwargs.keys() - {"subfolder", *HUB_OPTIONS})
         if unknown:
@@ -75,6 +77,7 @@ class AutoLottaLora:
                 f"residency it takes subfolder, {', '.join(HUB_OPTIONS)}."
             )
         dtype, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
+        hub_kwargs |= pinned(path, **hub_kwargs)  # the subfolder among them
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
         if not isinstance(config, LottaLoraConfig):
             raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from .auto import AutoLottaLora
 from .files import HUB_OPTIONS, locate
+from .hub import pinned
 from .loaders import LOADERS, loader_of
 
 __all__ = list(LOADERS)
@@ -30,6 +31,7 @@ def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> Any:
         The class; None where the path is no artifact of ours, or has a base model to be loaded over.
     """
     wanted = {key: hub[key] for key in ("subfolder", *HUB_OPTIONS) if hub.get(key) is not None}
+    wanted |= pinned(path, **wanted)
     config = PeftConfig.from_pretrained(path, **wanted)
     if config.peft_type != "LOTTALORA" or config.base_model_name_or_path:
         return None

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -22,22 +20,22 @@ from ..config import LottaLoraConfig
 from ..plan.plan import MANIFEST_KEY, Plan
 from ..scaffold.tensor import first_difference
 from .card import write_card
+from .hub import HUB_OPTIONS as HUB_OPTIONS
+from .hub import download
+from .hub import pinned as pinned
 from .manifest import read_manifest
-
-HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
 def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
-    """Local path of one file of an artifact folder or hub repository, None where it has no such file."""
-    folder = Path(path, subfolder) if subfolder else Path(path)
-    if folder.is_dir():
-        file = folder / filename
+    """Local path of one file of an artifact folder or hub repository, None where it has no such file.
+
+    Raises:
+        OSError: the hub did not say whether it has; the message says what happened.
+    """
+    if Path(path).is_dir():
+        file = Path(path, subfolder or "", filename)
         return str(file) if file.is_file() else None
-    try:
-        wanted = {key: hub[key] for key in HUB_OPTIONS if key in hub}
-        return str(hf_hub_download(str(path), filename, subfolder=subfolder, **wanted))
-    except EntryNotFoundError:
-        return None
+    return download(str(path), filename, subfolder, **hub)
 
 
 def check_artifact_files(
