@@ -96,6 +96,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     for name, value in changes.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", "hf_user")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # PEFT looks at it itself
     monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     sleep = time.sleep

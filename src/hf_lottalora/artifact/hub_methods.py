@@ -53,7 +53,7 @@ def push_to_hub(theirs: Callable[..., Any], model: Any, *args: Any, **kwargs: An
 
 
 def create_or_update_model_card(theirs: Callable[..., Any], model: Any, output_dir: str | os.PathLike[str]) -> None:
-    """PEFT's has a base model, which may be '', and its tags instead of a user's. Ours needs the weights, see `card`."""
+    """PEFT's has base_model: '', and its tags instead of a user's. Ours describes weights, so it follows them."""
     if not is_ours(model):
         theirs(model, output_dir)
     elif "default" in model.peft_config and Path(output_dir, SAFETENSORS_WEIGHTS_NAME).is_file():
