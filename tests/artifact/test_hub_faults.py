@@ -75,7 +75,7 @@ def test_half_a_cache(hub: Hub, pushed: PeftModel, way: str, monkeypatch: pytest
     PeftConfig.from_pretrained("user/name")
     offline(monkeypatch)
     with pytest.raises(
-        OSError, match=r"adapter_model.safetensors of user/name at revision '[0-9a-f]{40}' is not in the"
+        OSError, match=r"(adapter_model.safetensors|^config.json) of user/name at revision '[0-9a-f]{40}' is not in the"
     ):
         WAYS[way]("user/name")
 

@@ -65,9 +65,7 @@ def test_the_card(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\nMy words.\n")
     run.train()
     for _ in range(2):
-        run.push_to_hub(
-            dataset_tags="glue", dataset="GLUE", dataset_args="sst2", tasks="text-classification", language="en"
-        )
+        run.push_to_hub(dataset_tags="glue", dataset="GLUE", dataset_args="sst2", language="en")
         data, text = card_of(hub)
         (entry,) = data["model-index"]
         (result,) = entry["results"]
@@ -111,7 +109,8 @@ def test_a_card_without_a_push(tmp_path: Path) -> None:
     run.create_model_card(license="apache-2.0")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "license: apache-2.0" in text and 'from_pretrained("path/to/this/folder")' in text
-    assert "- Accuracy: 0.75" in text and "random scaffold" in text
+    assert "| 0.75 " in text and "random scaffold" in text and "model_name" not in text
+    assert "trained from scratch on" in text
 
 
 def test_other_methods_have_trainers_card(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +68,7 @@ class Hub:
         self.tokens = {"hf_user": "user", "read_user": "user", "hf_other": "other"}
         self.rules: list[list[Any]] = []
         self.requests: list[str] = []
+        self.connections: set[socket.socket] = set()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -75,6 +78,9 @@ class Hub:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def rule(self, request: str, then: int | str | Callable[[], Any], times: float = float("inf")) -> None:
         """What becomes of "METHOD /path" that match: a status, "cut" = an end in the middle, or a call before it."""
@@ -134,6 +140,10 @@ def etag(path: str, content: bytes) -> str:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.hub.connections.add(self.connection)
 
     def log_message(self, *args: Any) -> None: ...
 

@@ -12,7 +12,7 @@ import peft
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
@@ -46,18 +46,16 @@ def card_text(plan: Plan, folder: Path, old: Parts, tags: Iterable[str] = (), **
         place: where it will be loaded from, as the arguments of `from_pretrained`: `path`, `revision`, `subfolder`.
     """
     data: Any = old.data
-    architecture, base = plan.survey.architecture, _pretrained_base(plan)
+    architecture, base = plan.survey.architecture, hub_base(plan)
     task = pipeline_tag(architecture, plan.survey.class_name)
     own = ["lottalora", task, *(("transformers", architecture.model_type) if architecture is not None else ())]
-    own += [f"base_model:adapter:{base}"] if _is_hub_name(base) else []
+    own += [f"base_model:adapter:{base}"] if base else []
     kept = (tag for tag in data.tags or () if not tag.startswith("base_model:"))
     data.tags = sorted({tag for tag in (*kept, *own, *tags) if tag})
     data.library_name = "peft"
     data.pipeline_tag = data.pipeline_tag or task
-    if base != "memory":  # else only a user can know
-        data.base_model = base if _is_hub_name(base) else None
-    elif not data.base_model:
-        data.base_model = None
+    of_memory = _pretrained_base(plan) == "memory"  # what they are only a user can know
+    data.base_model = (data.base_model if of_memory else base) or None
     return old.text(data, _our_part(plan, folder, old, {key: value for key, value in place.items() if value}))
 
 
@@ -67,14 +65,16 @@ def _pretrained_base(plan: Plan) -> str | None:
     return plan.survey.pretrained_from if used else None
 
 
-def _is_hub_name(name: str | None) -> bool:
-    if name in (None, "", "memory") or Path(str(name)).exists():
-        return False
+def hub_base(plan: Plan) -> str | None:
+    """The repository that has the pretrained weights which a model uses, None where it uses none or they lie here."""
+    name = _pretrained_base(plan)
+    if name in (None, "memory") or Path(str(name)).exists():
+        return None
     try:
         validate_repo_id(str(name))
     except HFValidationError:
-        return False
-    return True
+        return None
+    return name
 
 
 def _our_part(plan: Plan, folder: Path, old: Parts, place: dict[str, str]) -> str:

@@ -43,7 +43,7 @@ class Parts:
         self.trainer, self.versions = new.trainer, new.versions
         tags = [*(self.data.tags or ()), *(new.data.tags or ())]
         for key, value in vars(new.data).items():
-            if value and key != "library_name":
+            if value and key != "library_name" and (key != "model_name" or new.data.eval_results):  # two of one entry
                 setattr(self.data, key, value)
         self.data.tags = list(dict.fromkeys(tags))
 

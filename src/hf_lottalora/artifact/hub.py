@@ -21,7 +21,7 @@ from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-_FAILED = (OSError, ValueError, HfHubHTTPError.__bases__[0])  # the last: what the HTTP client raises, httpx or httpx2
+_OF_CLIENT: Any = HfHubHTTPError.__bases__[0]  # what the HTTP client raises, httpx or httpx2
 
 
 def download(repo_id: str, filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
@@ -35,13 +35,16 @@ def download(repo_id: str, filename: str, subfolder: str | None = None, **hub: A
     try:
         return str(hf_hub_download(repo_id, name, **options))
     except LocalEntryNotFoundError as error:  # an EntryNotFoundError too, but it only says that there was no answer
-        at = {key: options[key] for key in ("revision", "cache_dir") if key in options}
-        if try_to_load_from_cache(repo_id, name, **at) is _CACHED_NO_EXIST:
+        commit = options.get("revision", "")  # of a branch the cache only knows what it once had
+        known = REGEX_COMMIT_HASH.fullmatch(commit) and try_to_load_from_cache(
+            repo_id, name, revision=commit, cache_dir=options.get("cache_dir")
+        )
+        if known is _CACHED_NO_EXIST:
             return None
         raise OSError(reason(error, repo_id, name, options.get("revision"))) from error
     except EntryNotFoundError:
         return None
-    except _FAILED as error:
+    except (OSError, ValueError, _OF_CLIENT) as error:
         raise OSError(reason(error, repo_id, name, options.get("revision"))) from error
 
 

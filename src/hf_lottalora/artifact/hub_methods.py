@@ -8,15 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
-from .card import card_text, write_card
+from .card import card_text, hub_base, write_card
 from .card_parts import split
 from .hub import HUB_OPTIONS, local_copy, reason
+from .loaders import pipeline_tag
 from .publish import push_folder, push_model
+
+_TRAINERS_OPTIONS = ("language", "license", "tags", "model_name", "finetuned_from", "tasks")
 
 
 def is_ours(model: Any) -> bool:
@@ -88,11 +91,17 @@ def create_model_card(theirs: Callable[..., Any], trainer: Any, *args: Any, **kw
         return
     file = folder / "README.md"
     card = split(file.read_text(encoding="utf-8-sig") if file.is_file() else None)
-    theirs(trainer, *args, **kwargs)
+    plan = model.base_model.plans["default"]
+    known = {
+        "tasks": pipeline_tag(plan.survey.architecture, plan.survey.class_name),
+        "finetuned_from": hub_base(plan) or "",
+    }
+    given = dict(zip(_TRAINERS_OPTIONS, args, strict=False)) | kwargs  # Trainer finds neither in a PeftModel
+    theirs(trainer, **{**given, **{key: value for key, value in known.items() if given.get(key) is None}})
     card.add_trainers(split(file.read_text(encoding="utf-8-sig")))
     place = {"path": trainer.hub_model_id, "revision": getattr(trainer.args, "hub_revision", None)}
     place["revision"] = None if trainer.hub_model_id is None else place["revision"]
-    file.write_text(card_text(model.base_model.plans["default"], folder, card, **place), encoding="utf-8")
+    file.write_text(card_text(plan, folder, card, **place), encoding="utf-8")
 
 
 def save_and_push(save: Callable[..., None], model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

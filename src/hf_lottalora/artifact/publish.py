@@ -76,7 +76,7 @@ def push_folder(
         subfolder = None if name == "default" else name
         here = Path(folder, subfolder or "")
         there = f"{subfolder}/" if subfolder else ""
-        there_now = download(repo_id, there + _CARD, revision=revision, token=token)
+        there_now = download(repo_id, there + _CARD, revision=revision, token=token, force_download=True)
         old = _older(_read(here / _CARD), there_now and _read(Path(there_now)))
         text = card_text(
             model.base_model.plans[name], here, old, tags or (), path=repo_id, revision=branch, subfolder=subfolder
