@@ -11,7 +11,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import PeftType, register_peft_method
 
 NAME = "LOTTALORA"
-_SAVING = ("safe_serialization", "selected_adapters", "save_embedding_layers", "is_main_process")
+_SAVING = (
+    "safe_serialization",
+    "selected_adapters",
+    "save_embedding_layers",
+    "is_main_process",
+    "path_initial_model_for_weight_conversion",
+)
 
 
 def _add_peft_type() -> None:

@@ -250,7 +250,7 @@ class LottaLoraConfig(LoraConfig):
         self._custom_modules = {nn.Module: _refuse_lora_tuner}  # asked by PEFT's LoraModel, not by ours
         self._artifact_shapes: dict[str, tuple[int, ...]] | None = None
         self._artifact_architecture: str | None = None  # path of its config.json
-        self._artifact_commit: str | None = None  # of the hub repository that it was just read from
+        self._artifact_commit: tuple[str, str] | None = None  # the hub repository it was just read from, and of which
         self._values_follow = False  # a file has them, so no starting values are drawn
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
@@ -336,7 +336,8 @@ class LottaLoraConfig(LoraConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if isinstance(config, cls):
             artifact_files.check_artifact_files(config, pretrained_model_name_or_path, subfolder, **kwargs)
-            config._artifact_commit = kwargs.get("revision")
+            commit = kwargs.get("revision")
+            config._artifact_commit = (str(pretrained_model_name_or_path), commit) if commit else None
         return config  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

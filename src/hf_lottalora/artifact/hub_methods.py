@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,6 @@ from .card_parts import split
 from .hub import HUB_OPTIONS, local_copy, reason
 from .loaders import pipeline_tag
 from .publish import push_folder, push_model
-
-_TRAINERS_OPTIONS = ("language", "license", "tags", "model_name", "finetuned_from", "tasks")
 
 
 def is_ours(model: Any) -> bool:
@@ -51,7 +50,7 @@ def _wrap(owner: Any, method: Callable[..., Any]) -> None:
 
 
 def push_to_hub(theirs: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT would put a template in the place of our card, and leave out other adapters' subfolders of subfolders."""
+    """Theirs would put a template in the place of our card."""
     return push_model(model, *args, **kwargs) if is_ours(model) else theirs(model, *args, **kwargs)
 
 
@@ -69,12 +68,12 @@ def load_adapter(
     """From the hub: all files from one commit, that of the config which `from_pretrained` may just have read."""
     if is_ours(model):
         config = model.peft_config.get(adapter_name)
-        commit, config_commit = kwargs.get("revision"), getattr(config, "_artifact_commit", None)
-        if config_commit is not None:
-            commit, config._artifact_commit = config_commit, None  # it holds for this call only
-            kwargs.pop("force_download", None)  # it was
         options = {key: kwargs[key] for key in ("subfolder", *HUB_OPTIONS) if kwargs.get(key) is not None}
-        folder = local_copy(model_id, **{**options, **({"revision": commit} if commit else {})})
+        just_read, commit = getattr(config, "_artifact_commit", None) or (None, None)
+        read = {"revision": commit, "force_download": False} if just_read == str(model_id) else {}
+        if config is not None:
+            config._artifact_commit = None  # it holds for one call only
+        folder = local_copy(model_id, **{**options, **read})
         if folder is not None:
             model_id = str(folder)
             kwargs = {key: value for key, value in kwargs.items() if key not in options}
@@ -96,11 +95,11 @@ def create_model_card(theirs: Callable[..., Any], trainer: Any, *args: Any, **kw
         "tasks": pipeline_tag(plan.survey.architecture, plan.survey.class_name),
         "finetuned_from": hub_base(plan) or "",
     }
-    given = dict(zip(_TRAINERS_OPTIONS, args, strict=False)) | kwargs  # Trainer finds neither in a PeftModel
-    theirs(trainer, **{**given, **{key: value for key, value in known.items() if given.get(key) is None}})
+    given = inspect.signature(theirs).bind(trainer, *args, **kwargs).arguments  # Trainer finds neither in a PeftModel
+    theirs(**{**given, **{key: value for key, value in known.items() if given.get(key) is None}})
     card.add_trainers(split(file.read_text(encoding="utf-8-sig")))
-    place = {"path": trainer.hub_model_id, "revision": getattr(trainer.args, "hub_revision", None)}
-    place["revision"] = None if trainer.hub_model_id is None else place["revision"]
+    revision = getattr(trainer.args, "hub_revision", None) if trainer.hub_model_id else None
+    place = {"path": trainer.hub_model_id, "revision": None if revision == "main" else revision}
     file.write_text(card_text(plan, folder, card, **place), encoding="utf-8")
 
 
