@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load, save
 from tiny import config, llama, logits, perturb
 
-from hf_lottalora import AutoLottaLoraModelForCausalLM
+from hf_lottalora import AutoLottaLoraModelForCausalLM, LottaLoraConfig
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "config.json", "README.md"}
 load_alone = AutoLottaLoraModelForCausalLM.from_pretrained
@@ -184,6 +184,10 @@ def test_one_repository_is_loaded_again_into_an_adapter(hub: Hub) -> None:
     second.push_to_hub("user/name")
     model.load_adapter("user/name", "default")  # of today, not of the commit that its config was read from
     assert torch.equal(logits(model), logits(second))
+    first.push_to_hub("user/other")
+    model = get_peft_model(llama(), LottaLoraConfig.from_pretrained("user/name"))
+    model.load_adapter("user/other", "default")  # the commit that the config has is of another repository
+    assert torch.equal(logits(model), logits(first))
 
 
 def test_a_base_model_of_the_hub(hub: Hub, tmp_path: Path) -> None:

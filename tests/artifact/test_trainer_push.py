@@ -106,9 +106,10 @@ def test_a_card_without_a_push(tmp_path: Path) -> None:
     run = trainer(tmp_path / "out", push_to_hub=False, hub_model_id=None, num_train_epochs=1)
     run.train()
     run.save_model()
-    run.create_model_card(license="apache-2.0")
+    run.create_model_card(None, "apache-2.0", None, None, None, None, "glue")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "license: apache-2.0" in text and 'from_pretrained("path/to/this/folder")' in text
+    assert "license: apache-2.0" in text and "datasets:\n- glue" in text
+    assert 'from_pretrained("path/to/this/folder")' in text
     assert "| 0.75 " in text and "random scaffold" in text and "model_name" not in text
     assert "trained from scratch on" in text
 
