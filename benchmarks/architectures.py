@@ -2,9 +2,10 @@
 
 Each model type is built from its default configuration with every size made small (`shrink.py`). Where that builds,
 runs, and is the same twice in evaluation, three ways are tried: ours by default, ours with target_modules="all-linear",
-and PEFT's LoRA with "all-linear". Each injects adapters, sees which chosen layers are called and get a gradient for B,
-trains two steps, saves, loads into a fresh base model (and through our Auto class) to the bit, and merges. A refusal by
-name counts as such; any other error, or another result, is a failure.
+and PEFT's LoRA with "all-linear". Each injects adapters, sees which chosen layers are called and get a gradient for B
+(where a batch leaves some out, also from optional inputs and from calls of the model's parts), trains two steps, saves,
+loads into a fresh base model (and through our Auto class) to the bit, and merges. A refusal by name counts as such; any
+other error, or another result, is a failure.
 
 One process imports everything, then forks a child per model type. Finished ones are kept, so it can be stopped.
 
@@ -36,7 +37,7 @@ import torch
 import transformers
 from common import environment, read_json, write_json
 from peft import LoraConfig, PeftModel, get_peft_model
-from shrink import MODEL_TYPES, batches_of, candidates, main_output, shrunk_config
+from shrink import MODEL_TYPES, batches_of, candidates, detours, main_output, shrunk_config, tensors
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -160,12 +161,32 @@ def trained(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         loss.backward()
         if step == 0:
             idle = {path for path in layers if path not in called or _no_gradient(layers[path])}
+            idle = after_detours(model, batch, layers, idle)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
     return {"idle": condensed(path.removeprefix("base_model.model.") for path in idle)} if idle else {}
+
+
+def after_detours(
+    model: nn.Module, batch: dict[str, torch.Tensor], layers: dict[str, nn.Module], idle: set[str]
+) -> set[str]:
+    """Which of the idle layers get no gradient from other inputs either; leaves the gradients as they are."""
+    before = {p: p.grad for p in model.parameters()}
+    for part, inputs in detours(model.get_base_model(), batch) if idle else ():
+        try:
+            with_gradient = [value for value in tensors(part(**inputs)) if value.requires_grad]
+            sum(value.float().square().mean() for value in with_gradient).backward()
+        except Exception:  # inputs that do not fit
+            continue
+        idle = {path for path in idle if _no_gradient(layers[path])}
+        if not idle:
+            break
+    for parameter, gradient in before.items():
+        parameter.grad = gradient
+    return idle
 
 
 def _no_gradient(layer: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -191,6 +191,7 @@ def batches_of(model: Any, rows: int = 2, length: int = 8) -> Iterator[dict[str,
         "input_ids": [{"input_ids": ids}, {"input_ids": ids, **images}],
         "pixel_values": [
             images,
+            {**images, "image_sizes": torch.tensor([[height, width]] * rows)},
             {"input_ids": ids, **images},
             {"pixel_values": randn(rows, 8, _of(config, "num_channels", 3), height, width)},
         ],
@@ -217,9 +218,37 @@ def batches_of(model: Any, rows: int = 2, length: int = 8) -> Iterator[dict[str,
         ],
         "past_values": [{"past_values": randn(rows, _of(config, "context_length", 32), 1)}],
     }
+    if "grid_thw" in known:  # pictures as rows of patches, four by four of them in each
+        patch = _of(config, "patch_size", 16) ** 2 * _of(config, "temporal_patch_size", 1)
+        name = next(iter(known))
+        rows_of_patches = randn(rows * 16, patch * _of(config, "in_channels", _of(config, "num_channels", 3)))
+        options[model.main_input_name] = [{name: rows_of_patches, "grid_thw": torch.tensor([[1, 4, 4]] * rows)}]
     for inputs in options.get(model.main_input_name, []):
         if inputs.keys() <= known.keys():
             yield inputs | decoder
+
+
+def detours(model: Any, batch: dict[str, torch.Tensor]) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
+    """Calls that may reach what a batch leaves out, as (module, inputs): optional inputs, then parts by themselves.
+
+    A vision or audio tower is called with pictures or sound of its own, which needs no processor that would mark their
+    places among the words.
+    """
+    yield model, batch  # whose outputs may be more than the main one
+    ids = batch.get("input_ids", batch.get("decoder_input_ids"))
+    if ids is not None:
+        width = _of(model.config, "hidden_size", _of(model.config, "d_model", WIDTH))
+        generator = torch.Generator().manual_seed(1)
+        optional = {
+            "encoder_hidden_states": torch.randn(*ids.shape, width, generator=generator),
+            "global_attention_mask": torch.eye(ids.shape[1], dtype=torch.int64)[:1].expand_as(ids),
+            "labels": ids,
+        }
+        known = inspect.signature(model.forward).parameters
+        yield from ((model, batch | {name: value}) for name, value in optional.items() if name in known)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part is not model:
+            yield from ((part, inputs) for inputs in batches_of(part))
 
 
 def _of(config: Any, key: str, default: Any) -> Any:
@@ -230,6 +259,16 @@ def _of(config: Any, key: str, default: Any) -> Any:
         if isinstance(getattr(part, key, None), (int, list, tuple)):
             return getattr(part, key)
     return default
+
+
+def tensors(output: Any) -> Iterator[torch.Tensor]:
+    """All floating-point tensors in what a model returns."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, (dict, list, tuple)):
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from tensors(value)
 
 
 def main_output(output: Any) -> torch.Tensor:

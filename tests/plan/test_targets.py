@@ -98,18 +98,23 @@ def test_structure_finds_what_the_table_says(name: str, monkeypatch: pytest.Monk
     assert by_structure.targets == by_table.targets
 
 
+def times(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    return x @ layer.weight
+
+
 class Reader(nn.Module):
     """Reads the weight of `read` in various ways, and may call it too; calls `called`, looks at the dtype of `looked`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.called, self.read, self.fused, self.looked, self.either, self.lent = (nn.Linear(4, 4) for _ in range(6))
+        self.called, self.read, self.fused, self.looked = (nn.Linear(4, 4) for _ in range(4))
+        self.either, self.lent, self.helped = (nn.Linear(4, 4) for _ in range(3))
         self.inner = nn.ModuleDict({"deep": nn.Linear(4, 4)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.called(x).to(self.looked.weight.dtype) @ self.read.weight
         x = self.either(x) if self.training else x @ self.either.weight
-        x = self.rows(x.long(), self.lent)
+        x = times(self.rows(x.long(), self.lent), layer=self.helped)
         return self.looked(self.fused(x)) if self.training else nn.functional.linear(x, self.fused.weight)
 
     def rows(self, index: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -118,8 +123,8 @@ class Reader(nn.Module):
 
 def test_weights_that_are_read_without_a_call() -> None:
     net = nn.Sequential(Reader(), nn.Linear(4, 4))
-    assert weights_read(net) == {"0.read", "0.fused", "0.either", "0.lent"}
-    for name in ("read", "fused", "either", "lent"):
+    assert weights_read(net) == {"0.read", "0.fused", "0.either", "0.lent", "0.helped"}
+    for name in ("read", "fused", "either", "lent", "helped"):
         with pytest.raises(ValueError, match=rf"matches '0.{name}', whose weight Sequential reads without calling"):
             make_plan(net, config(target_modules=[name]))
     everything = make_plan(net, config(target_modules="all-linear"))

@@ -22,7 +22,8 @@ from .canonical import first_change, read_back
 from .patterns import by_pattern, parents, under
 from .plan import Plan, PlannedAdapter, PlannedTensor, Role
 from .survey import Survey, SurveyedTensor, survey_model
-from .targets import near
+from .targets import near, written_by_0_1
+from .targets_0_1 import with_heads_of_0_1
 
 # PEFT's task classes append these to modules_to_save whether the model has them or not.
 _PEFT_HEADS = {"classifier", "score", "qa_outputs"}
@@ -59,6 +60,8 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig) -> Plan:
             tensor, a name in `modules_to_save` is not there, or the weights are quantised.
     """
     config.check()
+    if survey.inner_heads and written_by_0_1(config):
+        survey = with_heads_of_0_1(survey)
     if (rows := config.padding_rows) is not None:
         tensors_as_drawn = (replace(t, zero_row=rows.get(t.name)) for t in survey.tensors)
         survey = replace(survey, tensors=tuple(tensors_as_drawn))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -21,14 +22,17 @@ _MIXES = re.compile(
     r"scaled_dot_product_attention|attention_interface|flash_attn|flash_attention|flex_attention|selective_scan|_scan"
     r"|mamba_|segment_sum|delta_rule|causal_conv1d|lightning|rg_lru|wkv|mlstm"
 )
-_ATTENDS = re.compile(r"(attention|attn)(?!.*(layer|block|encoder|decoder|model|stage|list|head)$)", re.IGNORECASE)
+_ATTENDS = re.compile(
+    r"(attention|attn)(?!.*(layer|block|encoder|decoder|model|stage|list|head|merger)$)", re.IGNORECASE
+)
 _FUSED = re.compile(r"fast_path|cuda_kernels|kernels_forward")  # beside code that calls each layer, code that does not
 _CHOOSES = re.compile(r"\btopk\(")  # routers and indexers: what they choose has no gradient
 _FEEDS_FORWARD = re.compile(r"(mlp|feed_?forward|ffn)(block|layer)?$", re.IGNORECASE)
-# What lies in an attention module and is no projection of tokens: positions, biases and kernels made by small networks,
-# routers, and adapters that an architecture brings itself.
+# What lies in an attention module and is no projection of tokens: positions, sinks, biases and kernels made by small
+# networks, routers, and adapters that an architecture brings itself.
 NO_PROJECTION = re.compile(
-    r"(^|[._])(pos|rel|relative|position|positional|router|indexer|adapters?|lora|kernel)([._]|$)|rel_pos|cpb_mlp",
+    r"(^|[._])(pos|rel|relative|position|positional|router|indexer|adapters?|lora|kernel|sconv|sinks?)([._]|$)"
+    r"|rel_pos|cpb_mlp|^r_proj$",
     re.IGNORECASE,
 )
 # Looking at these of a weight does not multiply with it.
@@ -57,7 +61,11 @@ def token_projections(model: nn.Module) -> set[str]:
 
 def _mixes_tokens(module: nn.Module) -> bool:
     kind: Any = type(module)
-    return not isinstance(module, PreTrainedModel) and bool(_ATTENDS.search(kind.__name__) or _calls_mixer(kind))
+    if isinstance(module, PreTrainedModel):
+        return False
+    # A lone layer under a name that says attention is a gate.
+    attends = _ATTENDS.search(kind.__name__) and sum(bool(part._parameters) for part in module.modules()) > 1
+    return _calls_mixer(kind) or bool(attends)
 
 
 def _projections(module: nn.Module, path: str = "") -> Iterator[str]:
@@ -65,7 +73,8 @@ def _projections(module: nn.Module, path: str = "") -> Iterator[str]:
         below = f"{path}.{name}" if path else name
         kind: Any = type(child)
         chooses = _CHOOSES.search(_source(kind)) and not _ATTENDS.search(kind.__name__)
-        if not (chooses or NO_PROJECTION.search(name) or _FEEDS_FORWARD.search(kind.__name__)):
+        feeds_forward = _FEEDS_FORWARD.search(kind.__name__) or _FEEDS_FORWARD.search(name)
+        if not (chooses or feeds_forward or NO_PROJECTION.search(name)):
             yield below
             yield from _projections(child, below)
 
@@ -126,7 +135,7 @@ def _weights_read_by(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
                 called.add(_path(node.func, names))
                 given: dict[Any, ast.expr] = dict(enumerate(node.args))
                 given.update({keyword.arg: keyword.value for keyword in node.keywords})
-                lent = readers.get(_path(node.func, names), {})
+                lent = readers.get(_path(node.func, names)) or _read_by_function(kind, node.func)
                 multiplied |= {_path(given[at], names) for name, i in lent.items() for at in (i, name) if at in given}
                 if _chain(node.func)[0] not in ("isinstance", "hasattr"):
                     operands = list(given.values())
@@ -160,6 +169,25 @@ def _layers_read(function: ast.FunctionDef) -> dict[str, int]:
     names = [argument.arg for argument in function.args.args if argument.arg not in ("self", "cls")]
     weights = (node.value for node in ast.walk(function) if _is_weight(node))
     return {node.id: names.index(node.id) for node in weights if isinstance(node, ast.Name) and node.id in names}
+
+
+@cache
+def _function_reads(function: Any) -> dict[str, int]:
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return {}
+    return _layers_read(tree) if isinstance(tree, ast.FunctionDef) else {}
+
+
+def _read_by_function(kind: Any, called: ast.expr) -> dict[str, int]:
+    """As `_layers_read`, of a function that the module of a class knows by this name."""
+    if isinstance(called, ast.Name):
+        for base in kind.__mro__:
+            function = getattr(sys.modules.get(base.__module__), called.id, None)
+            if inspect.isfunction(function) and not function.__module__.startswith("torch."):
+                return _function_reads(function)
+    return {}
 
 
 def _is_weight(node: ast.AST) -> TypeGuard[ast.Attribute]:

@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from ..paths import clean_modules, owner_of
 from ..residency.foreign import OFFLOADED, foreign_tensors
 from .bases import check_unwrapped
+from .heads import base_prefix, embedding_module
+from .heads import inner_heads as find_inner_heads
 from .initialization import InitialValue, architecture_init
 from .modules import RECURRENT, SurveyedModule, surveyed_modules, weight_of
 from .structure import unread_classes
@@ -84,6 +86,7 @@ class Survey:
         pretrained_from: where its weights were loaded from, None if nowhere.
         input_embeddings, output_embeddings: module paths, where the architecture names them.
         unread_classes: whose code could not be read, by name.
+        inner_heads: modules that are heads although transformers does not say so of the model: see `heads.inner_heads`.
     """
 
     tensors: tuple[SurveyedTensor, ...]
@@ -95,6 +98,7 @@ class Survey:
     input_embeddings: str | None
     output_embeddings: str | None
     unread_classes: tuple[str, ...] = ()
+    inner_heads: tuple[str, ...] = ()
 
     @property
     def model_type(self) -> str | None:
@@ -115,8 +119,8 @@ def survey_model(model: nn.Module) -> Survey:
     """
     check_unwrapped(model)
     held = foreign_tensors(model)
-    input_embeddings = _embedding_module(model, "get_input_embeddings")
-    output_embeddings = _embedding_module(model, "get_output_embeddings")
+    input_embeddings = embedding_module(model, "get_input_embeddings")
+    output_embeddings = embedding_module(model, "get_output_embeddings")
     # Accelerate's cpu_offload leaves two tensors on the meta device where there was a tied one.
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     ends = [getattr(module, "weight", None) for module in (output_embeddings, input_embeddings)]
@@ -136,12 +140,13 @@ def survey_model(model: nn.Module) -> Survey:
             holders.setdefault(key, {}).setdefault((id(module), attribute), path)
 
     names = {id(module): path for path, module in reversed(list(clean_modules(model)))}
-    base_prefix = _base_prefix(model)
+    prefix = base_prefix(model)
+    out = names.get(id(output_embeddings)) if output_embeddings is not None else None
+    inner_heads = tuple(path for path in dict.fromkeys(find_inner_heads(model)) if path != out)
+    heads = tuple(f"{head}." for head in (out, *inner_heads) if head)
 
     def in_head(path: str) -> bool:
-        out = names.get(id(output_embeddings)) if output_embeddings is not None else None
-        outside_base = bool(base_prefix) and not path.startswith(f"{base_prefix}.")
-        return outside_base or (out is not None and path.startswith(f"{out}."))
+        return (bool(prefix) and not path.startswith(f"{prefix}.")) or path.startswith(heads)
 
     kinds = {key: _kind(module, attribute) for key, (module, attribute) in owners.items()}
     # Large look-up tables are random in every architecture; only their size would be in the way of the probe.
@@ -168,7 +173,7 @@ def survey_model(model: nn.Module) -> Survey:
                 path=path,
                 aliases=tuple(aliases),
                 holders=tuple(holders[key].values()),
-                name=path.removeprefix(f"{base_prefix}.") if base_prefix else path,
+                name=path.removeprefix(f"{prefix}.") if prefix else path,
                 shape=tuple(tensor.shape),
                 dtype=tensor.dtype,
                 kind=_kind_given_init(kinds[key], attribute, tensor, init[key]),
@@ -192,6 +197,7 @@ def survey_model(model: nn.Module) -> Survey:
         input_embeddings=names.get(id(input_embeddings)),
         output_embeddings=names.get(id(output_embeddings)),
         unread_classes=tuple(sorted(unread_classes(model))),
+        inner_heads=inner_heads,
     )
 
 
@@ -204,26 +210,10 @@ def with_model_dtypes(survey: Survey, model: nn.Module) -> Survey:
     return replace(survey, tensors=tuple(tensors))
 
 
-def _embedding_module(model: nn.Module, getter: str) -> nn.Module | None:
-    if not isinstance(model, PreTrainedModel):
-        return None
-    try:
-        module = getattr(model, getter)()
-    except NotImplementedError:  # transformers' way to say that an architecture has none
-        return None
-    return module if isinstance(module, nn.Module) else None
-
-
 def _pretrained_from(model: nn.Module) -> str | None:
     # from_pretrained marks the parameters it loads; name_or_path alone is also set by a config that was loaded.
     loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
     return getattr(model, "name_or_path", None) or "memory" if loaded else None
-
-
-def _base_prefix(model: nn.Module) -> str:
-    if not isinstance(model, PreTrainedModel) or model.base_model is model:
-        return ""
-    return str(model.base_model_prefix)
 
 
 def _kind(module: nn.Module, attribute: str) -> Kind:

@@ -67,13 +67,13 @@ def _recorded(survey: Survey, paths: Iterable[str]) -> set[str]:
 
 
 def _default(survey: Survey, config: LottaLoraConfig) -> Targets:
-    table = targets_0_1.ATTENTION_PROJECTIONS if _written_by_0_1(config) else ATTENTION_PROJECTIONS
+    table = targets_0_1.ATTENTION_PROJECTIONS if written_by_0_1(config) else ATTENTION_PROJECTIONS
     names = table.get(survey.model_type or "")
     if names is not None:
         chosen = _matching(survey, config, names)
-        if chosen or _written_by_0_1(config):
+        if chosen or written_by_0_1(config):
             return Targets(chosen, f"attention projections of {survey.model_type}: {', '.join(names)}")
-    if survey.architecture is None or _written_by_0_1(config):
+    if survey.architecture is None or written_by_0_1(config):
         what = f"model type {survey.model_type!r}" if survey.model_type else "a plain nn.Module"
         raise ValueError(f"There are no default target_modules for {what}. {layers_there_are(survey)}")
     usable = _usable(survey, config)
@@ -88,7 +88,7 @@ def _default(survey: Survey, config: LottaLoraConfig) -> Targets:
 
 
 def _all_linear(survey: Survey, config: LottaLoraConfig) -> Targets:
-    if _written_by_0_1(config):
+    if written_by_0_1(config):
         read = targets_0_1.WEIGHT_IS_READ.get(survey.model_type or "", ())
         linear = (m for m in survey.modules if m.path.rpartition(".")[2] not in read)
         return Targets(_paths(config, (m for m in linear if m.kind == "linear" and not m.in_head)), "all-linear")
@@ -139,7 +139,7 @@ def _matches(config: LottaLoraConfig, path: str, targets: Any) -> bool:
     return bool(found)
 
 
-def _written_by_0_1(config: LottaLoraConfig) -> bool:
+def written_by_0_1(config: LottaLoraConfig) -> bool:
     """Whether the config is of an artifact that does not say what was chosen: then 0.1's rules hold."""
     return (config.lottalora_version or "").startswith("0.1.")
 

@@ -1,6 +1,10 @@
-"""Which layers carried an adapter in version 0.1, for its artifacts, which do not say. Never changed again."""
+"""What version 0.1 took for targets and heads, for its artifacts, which do not say. Never changed again."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+
+from .survey import Survey
 
 _QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _QKV_OUT = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -49,3 +53,19 @@ WEIGHT_IS_READ: dict[str, tuple[str, ...]] = {
     "jamba": ("conv1d", "dt_proj"),
     "zamba": ("conv1d",),
 }
+
+
+def with_heads_of_0_1(survey: Survey) -> Survey:
+    """The survey as 0.1 made it, which knew the heads that transformers names alone."""
+
+    def outside(path: str) -> bool:
+        return path.startswith(tuple(f"{head}." for head in survey.inner_heads))
+
+    tensors = (
+        replace(
+            t, in_head=t.in_head and not outside(t.path), tied_head=t.tied_head and not any(map(outside, t.aliases))
+        )
+        for t in survey.tensors
+    )
+    modules = (replace(m, in_head=m.in_head and not outside(f"{m.path}.")) for m in survey.modules)
+    return replace(survey, tensors=tuple(tensors), modules=tuple(modules), inner_heads=())
