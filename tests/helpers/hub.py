@@ -344,7 +344,7 @@ _ROUTES: dict[str, Callable[..., Any]] = {
     f"POST /api/models/{_ID}/branch/(.+)": _Handler.branch,
     f"GET /api/models/{_ID}": _Handler.info,
     f"GET /api/models/{_ID}/revision/(.+)": _Handler.info,
-    f"GET /api/models/{_ID}/tree/([^/]+)": _Handler.tree,
+    f"GET /api/models/{_ID}/tree/(.+)": _Handler.tree,
     f"GET /api/models/{_ID}/refs": _Handler.refs,
     f"(?:GET|HEAD) /{_ID}/resolve/(.+)": _Handler.resolve,
 }
