@@ -10,6 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from hub import hub as hub
 from peft import PeftModel, get_peft_model
 from tiny import config, llama, perturb
 

@@ -36,14 +36,16 @@ def _save_whole() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        if not any(config.peft_type == NAME for config in self.peft_config.values()):
+        from .artifact.hub_methods import is_ours, save_and_push
+        from .artifact.manifest import for_a_file
+        from .artifact.writing import staged
+
+        if not is_ours(self):
             return save(self, save_directory, *args, **kwargs)
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
-        if kwargs.get("push_to_hub"):
-            raise ValueError(
-                "save_pretrained does not push to the hub, and nothing was written. Save without push_to_hub=True, and "
-                "call model.push_to_hub('user/name'), which takes private, token, revision, commit_message, create_pr."
-            )
+        if kwargs.pop("push_to_hub", False):
+            kwargs |= {name: given[name] for name in list(signature.parameters)[2 : 2 + len(args)]}
+            return save_and_push(save_pretrained, self, save_directory, **kwargs)
         if not given.get("safe_serialization", True):
             raise ValueError(
                 "safe_serialization=False would write a pickle, adapter_model.bin; LottaLoRA artifacts are safetensors "
@@ -51,9 +53,6 @@ def _save_whole() -> None:
             )
         if os.path.isfile(save_directory) or not given.get("is_main_process", True):
             return save(self, save_directory, *args, **kwargs)
-        from .artifact.manifest import for_a_file
-        from .artifact.writing import staged
-
         names = given.get("selected_adapters") or list(self.peft_config)
         plans = self.base_model.plans
         with for_a_file(), staged(save_directory, {name: plans[name] for name in names if name in plans}) as folder:
@@ -92,6 +91,7 @@ def register() -> None:
     """
     _add_peft_type()
     from ._ways_in import watch
+    from .artifact.hub_methods import install
     from .config import LottaLoraConfig
     from .tuner.model import LottaLoraModel
 
@@ -104,6 +104,7 @@ def register() -> None:
     # The prefix must be LoRA's: under another one PEFT freezes A and B and stops reporting missing keys.
     register_peft_method(name=NAME.lower(), config_cls=LottaLoraConfig, model_cls=LottaLoraModel, prefix="lora_")
     _save_whole()
+    install()
     _load_without_a_base()
     watch()
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is LottaLoraModel and PEFT_TYPE_TO_PREFIX_MAPPING[member] == "lora_"

@@ -43,6 +43,9 @@ class ArtifactFiles(Protocol):
     def check_present(self, path: str | os.PathLike[str], subfolder: str | None) -> None:
         """Before a config is read."""
 
+    def pinned(self, path: str | os.PathLike[str], subfolder: str | None, **hub: Any) -> dict[str, Any]:
+        """Before one is read: the hub's options, for one commit."""
+
     def check_artifact_files(
         self, config: LottaLoraConfig, path: str | os.PathLike[str], subfolder: str | None, **hub: Any
     ) -> None:
@@ -274,6 +277,7 @@ class LottaLoraConfig(LoraConfig):
         self._artifact_architecture: str | None = None  # path of its config.json
         self.frozen_by_file = False  # whether nothing but a file says inference_mode=True
         self._choice_read: Any = None  # what said which layers, of a config that a file was read for
+        self._artifact_commit: tuple[str, str] | None = None  # the hub repository it was just read from, and of which
         self._values_follow = False  # a file has them, so no starting values are drawn
         self._saved_dtype: torch.dtype | None = None
         self._other_dtypes: dict[str, str] = {}
@@ -376,8 +380,10 @@ class LottaLoraConfig(LoraConfig):
         Raises:
             ValueError: no seed or format version, a newer format, an unknown field, a file that is damaged, missing or
                 no file, pickled weights, or those of another seed. Nothing has been changed by then.
+            OSError: the hub could not be asked, or refused; the message says what happened.
         """
         path = pretrained_model_name_or_path
+        kwargs |= artifact_files.pinned(path, subfolder, **kwargs)
         load = super().from_pretrained
 
         def checked() -> Any:
@@ -386,6 +392,8 @@ class LottaLoraConfig(LoraConfig):
             if isinstance(config, cls):
                 config._choice_read, config.frozen_by_file = config._choice(), config.inference_mode
                 artifact_files.check_artifact_files(config, path, subfolder, **kwargs)
+                commit = kwargs.get("revision")
+                config._artifact_commit = (str(path), commit) if commit else None
             return config
 
         return artifact_files.whole(checked, path, subfolder)  # type: ignore[no-any-return]

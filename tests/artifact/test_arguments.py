@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import config, llama, logits
+from tiny import llama, logits
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM
@@ -62,42 +62,6 @@ def test_what_is_answered(
 ) -> None:
     with pytest.raises(error, match=message):
         load(saved[1], **given)
-
-
-def test_saving_does_not_pretend_to_push(tmp_path: Path) -> None:
-    model = get_peft_model(llama(), config())
-    for options in ({"push_to_hub": True}, {"push_to_hub": True, "repo_id": "user/name", "is_main_process": False}):
-        with pytest.raises(
-            ValueError, match=r"does not push .* nothing was written.* model.push_to_hub\('user/name'\)"
-        ):
-            model.save_pretrained(tmp_path / "artifact", **options)
-    assert not list(tmp_path.iterdir())
-    model.save_pretrained(tmp_path / "artifact", push_to_hub=False)
-    assert (tmp_path / "artifact" / "adapter_model.safetensors").is_file()
-
-
-def test_the_call_that_the_error_names_uploads_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the hub's three calls replaced: what is uploaded loads to the bit."""
-    model = get_peft_model(llama(), config())
-    uploaded = tmp_path / "uploaded"
-
-    class Hub:
-        def create_repo(self, repo_id: str, **options: Any) -> Any:
-            return type("Repository", (), {"repo_id": repo_id})
-
-    def upload(self: Any, folder: Any, repo_id: str, *args: Any, **options: Any) -> str:
-        Path(folder).rename(uploaded)
-        return repo_id
-
-    module = inspect.getmodule(PeftModel.push_to_hub)
-    if hasattr(module, "hf_api"):
-        monkeypatch.setattr(module, "hf_api", Hub)
-    else:
-        monkeypatch.setattr(module, "create_repo", Hub().create_repo)
-    monkeypatch.setattr(PeftModel, "_upload_modified_files", upload)
-    monkeypatch.chdir(tmp_path)
-    model.push_to_hub("user/name")
-    assert torch.equal(logits(load(uploaded)), logits(model))
 
 
 def test_pefts_other_methods_save_as_ever(tmp_path: Path) -> None:

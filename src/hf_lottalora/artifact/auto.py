@@ -17,6 +17,7 @@ from .config_json import build, load_architecture, most_parameters
 from .current import whole
 from .files import HUB_OPTIONS, recorded_tensors
 from .hollow import BUILDING, hollow
+from .hub import pinned
 from .loaders import builds, loader_of
 
 
@@ -72,6 +73,7 @@ class AutoLottaLora:
         Raises:
             TypeError: an argument that is not taken; the message says what to use instead.
             ValueError: something is missing, damaged, or belongs to another scaffold; the message names it.
+            OSError: the hub has no such repository, refuses it or cannot be reached; the message says which.
         """
         unknown = sorted(hub_kwargs.keys() - {"subfolder", *HUB_OPTIONS})
         if unknown:
@@ -82,6 +84,7 @@ class AutoLottaLora:
             )
         dtype, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
         torch.empty(0, device=device)  # one that is not there is said now, not when all is drawn
+        hub_kwargs |= pinned(path, **hub_kwargs)  # the subfolder among them
         options = (
             adapter_name,
             is_trainable,

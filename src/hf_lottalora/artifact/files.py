@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 
@@ -26,10 +24,11 @@ from .card import write_card
 from .config_json import check_config_json
 from .current import current as current
 from .current import whole as whole
+from .hub import HUB_OPTIONS as HUB_OPTIONS
+from .hub import download
+from .hub import pinned as pinned
 from .manifest import check_options, check_tensors, read_manifest, warn_of_0_1
 from .reader import ArtifactError, check_file, read_weights_header
-
-HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
 def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
@@ -37,16 +36,13 @@ def locate(path: str | os.PathLike[str], filename: str, subfolder: str | None = 
 
     Raises:
         ArtifactError: it is no ordinary file, or a symbolic link out of the folder.
+        OSError: the hub did not say whether it has one; the message says what happened.
     """
     if Path(path).is_dir():
         file = current(Path(path, subfolder or ""), filename)
         return check_file(file, path) if os.path.lexists(file) else None
-    try:
-        wanted = {key: hub[key] for key in HUB_OPTIONS if key in hub}
-        downloaded = hf_hub_download(str(path), filename, subfolder=subfolder, **wanted)
-    except EntryNotFoundError:
-        return None
-    return check_file(downloaded, Path(downloaded).parent)
+    downloaded = download(str(path), filename, subfolder, **hub)
+    return downloaded and check_file(downloaded, Path(downloaded).parent)
 
 
 def check_present(path: str | os.PathLike[str], subfolder: str | None = None) -> None:

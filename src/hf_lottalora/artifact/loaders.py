@@ -37,3 +37,23 @@ def loader_of(architecture: Any, class_name: str) -> str | None:
     return min(
         (ours for ours, auto in LOADERS.items() if builds(auto, architecture, class_name)), key=rank, default=None
     )
+
+
+def pipeline_tag(architecture: Any, class_name: str) -> str | None:
+    """The hub's name for what a model does, by transformers' own tables; None where they have none."""
+    from transformers.modelcard import TASK_MAPPING  # both import much, for saving only
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    if architecture is None:
+        return None
+    auto = LOADERS.get(loader_of(architecture, class_name) or "")
+    tasks = [task for task, entry in SUPPORTED_TASKS.items() if auto is not None and auto in entry["pt"]]
+    tasks += [task for task, names in TASK_MAPPING.items() if class_name in _flat(names.values())]
+    pixels = getattr(getattr(transformers, class_name, None), "main_input_name", "") == "pixel_values"
+    if pixels and "image-feature-extraction" in tasks:
+        return "image-feature-extraction"
+    return next(iter(tasks), None)
+
+
+def _flat(names: Any) -> set[str]:
+    return {name for entry in names for name in ((entry,) if isinstance(entry, str) else entry)}

@@ -1,0 +1,128 @@
+"""What PEFT's and Trainer's methods do with the hub and with cards where the model is ours; the rest passes through."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers import Trainer
+
+from .card import card_text, hub_base, write_card
+from .card_parts import split
+from .hub import HUB_OPTIONS, local_copy, reason
+from .loaders import pipeline_tag
+from .publish import push_folder, push_model
+
+
+def is_ours(model: Any) -> bool:
+    """Whether this is a `PeftModel` with LottaLoRA adapters."""
+    return isinstance(model, PeftModel) and any(c.peft_type == "LOTTALORA" for c in model.peft_config.values())
+
+
+def install() -> None:
+    """Put the methods below in the place of theirs, for good."""
+    for owner, method in (
+        (PeftModel, push_to_hub),
+        (PeftModel, create_or_update_model_card),
+        (PeftModel, load_adapter),
+        (Trainer, create_model_card),
+    ):
+        _wrap(owner, method)
+    find = PeftConfig._get_peft_type.__func__
+    PeftConfig._get_peft_type = classmethod(functools.wraps(find)(functools.partial(_get_peft_type, find)))
+
+
+def _wrap(owner: Any, method: Callable[..., Any]) -> None:
+    theirs = getattr(owner, method.__name__)
+
+    @functools.wraps(theirs)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(theirs, self, *args, **kwargs)
+
+    setattr(owner, method.__name__, wrapper)
+
+
+def push_to_hub(theirs: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Theirs would put a template in the place of our card."""
+    return push_model(model, *args, **kwargs) if is_ours(model) else theirs(model, *args, **kwargs)
+
+
+def create_or_update_model_card(theirs: Callable[..., Any], model: Any, output_dir: str | os.PathLike[str]) -> None:
+    """PEFT's has base_model: '', and its tags instead of a user's. Ours describes weights, so it follows them."""
+    if not is_ours(model):
+        theirs(model, output_dir)
+    elif "default" in model.peft_config and Path(output_dir, SAFETENSORS_WEIGHTS_NAME).is_file():
+        write_card(model.base_model.plans["default"], Path(output_dir))
+
+
+def load_adapter(
+    theirs: Callable[..., Any], model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """From the hub: all files from one commit, that of the config which `from_pretrained` may just have read."""
+    if is_ours(model):
+        config = model.peft_config.get(adapter_name)
+        options = {key: kwargs[key] for key in ("subfolder", *HUB_OPTIONS) if kwargs.get(key) is not None}
+        just_read, commit = getattr(config, "_artifact_commit", None) or (None, None)
+        read = {"revision": commit, "force_download": False} if just_read == str(model_id) else {}
+        if config is not None:
+            config._artifact_commit = None  # it holds for one call only
+        folder = local_copy(model_id, **{**options, **read})
+        if folder is not None:
+            model_id = str(folder)
+            kwargs = {key: value for key, value in kwargs.items() if key not in options}
+    return theirs(model, model_id, adapter_name, *args, **kwargs)
+
+
+def create_model_card(theirs: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """Trainer writes its own over everything: that is taken into ours, beside a user's words and metadata."""
+    folder = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    ours = is_ours(model) and "default" in model.peft_config and trainer.is_world_process_zero()
+    if not ours or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        theirs(trainer, *args, **kwargs)
+        return
+    file = folder / "README.md"
+    card = split(file.read_text(encoding="utf-8-sig") if file.is_file() else None)
+    plan = model.base_model.plans["default"]
+    known = {
+        "tasks": pipeline_tag(plan.survey.architecture, plan.survey.class_name),
+        "finetuned_from": hub_base(plan) or "",
+    }
+    given = inspect.signature(theirs).bind(trainer, *args, **kwargs).arguments  # Trainer finds neither in a PeftModel
+    theirs(**{**given, **{key: value for key, value in known.items() if given.get(key) is None}})
+    card.add_trainers(split(file.read_text(encoding="utf-8-sig")))
+    revision = getattr(trainer.args, "hub_revision", None) if trainer.hub_model_id else None
+    place = {"path": trainer.hub_model_id, "revision": None if revision == "main" else revision}
+    file.write_text(card_text(plan, folder, card, **place), encoding="utf-8")
+
+
+def save_and_push(save: Callable[..., None], model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """`save_pretrained(push_to_hub=True, repo_id=...)` as in transformers: without `repo_id` the folder's name says it.
+
+    The names of what `push_folder` takes, the adapters apart, are taken for it; the others are `save_pretrained`'s.
+    """
+    names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+    options = {name: kwargs.pop(name) for name in names if name in kwargs}
+    repo_id = kwargs.pop("repo_id", None) or Path(save_directory).absolute().name
+    validate_repo_id(repo_id)  # before anything is written
+    save(model, save_directory, **kwargs)
+    if kwargs.get("is_main_process", True):
+        push_folder(model, save_directory, repo_id, adapters=kwargs.get("selected_adapters"), **options)
+
+
+def _get_peft_type(theirs: Callable[..., Any], cls: Any, model_id: Any, **hub: Any) -> Any:
+    """As PEFT's, for every method, with the reason in its error."""
+    try:
+        return theirs(cls, model_id, **hub)
+    except ValueError as error:
+        if error.__context__ is None or Path(model_id).is_dir():
+            raise
+        why = reason(error.__context__, str(model_id), CONFIG_NAME, hub.get("revision"))
+        raise ValueError(f"{error}. {why}") from error.__context__
