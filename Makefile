@@ -16,12 +16,12 @@ PYTEST = -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 # Small networks: more threads do not pay off, and waiting threads should sleep when the machine is busy.
 demo test test-oldest: export OMP_NUM_THREADS ?= 2
 demo test test-oldest: export OMP_WAIT_POLICY ?= passive
-demo test test-oldest sweep: export TOKENIZERS_PARALLELISM = false
-demo test test-oldest sweep: export HF_HUB_OFFLINE = 1
+demo test test-oldest sweep fuzz: export TOKENIZERS_PARALLELISM = false
+demo test test-oldest sweep fuzz: export HF_HUB_OFFLINE = 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install test test-oldest lint format demo sweep check reproduce clean
+.PHONY: help install test test-oldest lint format demo sweep fuzz check reproduce clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,9 @@ demo: $(STAMP) ## train digits from a seed, save the artifact, rebuild it in a n
 
 sweep: $(STAMP) ## every architecture of transformers, small, against the recorded results: 15 minutes
 	$(PY) benchmarks/architectures.py --workers 2 --output out/architectures.json --check
+
+fuzz: $(STAMP) ## spoil and load ten thousand artifacts: 15 minutes
+	$(PY) tests/artifact/fuzz.py --cases 10000 --workers 2 --json out/fuzz.json
 
 check: lint demo test-oldest test sweep ## everything that CI runs
 
