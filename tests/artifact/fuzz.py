@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
 import transformers
-from fuzz_artifacts import SORTS, WAYS, Made, attempt, make
+from fuzz_artifacts import SORTS, Made, attempt, make, ways_of
 from fuzz_mutations import MUTATIONS, Place
 from tqdm.auto import tqdm
 
@@ -70,8 +70,10 @@ def cases(seed: int, kinds: Iterable[str]) -> Iterator[Case]:
     for number in count():
         rng = Random(f"{seed} {number}")
         kind = rng.choice(names)
-        sort = rng.choice([name for name in SORTS if not (kind.startswith("config.json") and SORTS[name].loader is None)])
-        ways = [way for way in WAYS if SORTS[sort].loader or not way.startswith("auto")]
+        sort = rng.choice(
+            [name for name in SORTS if not (kind.startswith("config.json") and SORTS[name].loader is None)]
+        )
+        ways = ways_of(sort)
         if not kind.startswith(("weights", "manifest", "file", "mixed")):
             ways.remove("resume")  # reads the weights alone
         case = Case(number, kind, sort, rng.choice(ways))
@@ -126,7 +128,9 @@ def difference(one: Answer, other: Answer) -> tuple[str, str]:
 Work = Callable[[], Answer]
 
 
-def in_children(jobs: Iterable[tuple[Any, Work]], workers: int, seconds: float = SECONDS) -> Iterator[tuple[Any, Answer]]:
+def in_children(
+    jobs: Iterable[tuple[Any, Work]], workers: int, seconds: float = SECONDS
+) -> Iterator[tuple[Any, Answer]]:
     """What each job says in a forked child, so many at a time; in the order they end.
 
     This process has one thread: a fork copies the locks of others, which nobody would ever release.
@@ -206,7 +210,7 @@ class Run:
             self.made[sort] = make(sort, self.folder / sort)
         if threading.active_count() > 1:
             raise RuntimeError(f"Forking needs one thread, there are {threading.enumerate()}.")
-        wanted = {(case.sort, case.way, twin) for case in chosen for twin in (False, "twin" in case.kind) }
+        wanted = {(case.sort, case.way, twin) for case in chosen for twin in (False, "twin" in case.kind)}
         for key, answer in in_children(((key, self._plain(*key)) for key in sorted(wanted)), workers, 10 * SECONDS):
             sort, way, twin = key
             if not twin and answer.get("output") != self.made[sort].output:
@@ -232,7 +236,10 @@ class Run:
             for case in chosen:
                 place, said = self.spoilt(case)
                 made = self.made[case.sort]
-                yield (case, place, said), lambda case=case, place=place, made=made: attempt(case.way, made, place.folder)  # type: ignore[misc]
+                yield (
+                    (case, place, said),
+                    lambda case=case, place=place, made=made: attempt(case.way, made, place.folder),
+                )  # type: ignore[misc]
 
         for (case, place, said), answer in in_children(jobs(), workers):
             either = (False, True) if "twin" in case.kind else (False,)
@@ -289,6 +296,7 @@ def main() -> None:
         sys.exit("\n".join(MUTATIONS) if not args.list else print("\n".join(MUTATIONS)))
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread
     if args.case:

@@ -83,11 +83,6 @@ class Made(NamedTuple):
     adapted: peft.PeftModel
     output: str
 
-    @property
-    def ways(self) -> list[str]:
-        """Those of `WAYS` that lead to it."""
-        return [way for way in WAYS if self.sort.loader or way not in ("auto", "auto peft")]
-
 
 def make(name: str, folder: Path) -> Made:
     """Write the artifacts of a sort below the folder.
@@ -164,6 +159,12 @@ WAYS: dict[str, Callable[[Made, Path], nn.Module]] = {
     "second": _second,
     "resume": _resume,
 }
+
+
+def ways_of(sort: str) -> list[str]:
+    """Those that lead to an artifact of this sort."""
+    hidden = ["auto", "auto peft"] if SORTS[sort].loader is None else []
+    return [way for way in WAYS if way not in hidden and (way, sort) != ("second", "resnet")]  # its averages are one's
 
 
 def attempt(way: str, made: Made, path: Path) -> dict[str, Any]:

@@ -16,7 +16,19 @@ import torch
 WEIGHTS, ADAPTER, ARCHITECTURE = "adapter_model.safetensors", "adapter_config.json", "config.json"
 FILES = (WEIGHTS, ADAPTER, ARCHITECTURE)
 MANIFEST = "lottalora_manifest"
-SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
+SIZE = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+}
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -63,7 +75,9 @@ class Weights:
         self.header: dict[str, Any] = json.loads(raw[8 : 8 + length])
         self.meta = self.header.pop("__metadata__", None)
         start = 8 + length
-        self.data = {k: raw[start + v["data_offsets"][0] : start + v["data_offsets"][1]] for k, v in self.header.items()}
+        self.data = {
+            k: raw[start + v["data_offsets"][0] : start + v["data_offsets"][1]] for k, v in self.header.items()
+        }
 
     def names(self) -> list[str]:
         return sorted(name for name in self.header if name != MANIFEST)
@@ -134,7 +148,7 @@ def _(rng: Random, place: Place) -> str:
 def _(rng: Random, place: Place) -> str:
     weights = _weights(place)
     name = rng.choice(weights.names())
-    dtype = DTYPES[weights.header[name]["dtype"]] if weights.header[name]["dtype"] in DTYPES else torch.uint8
+    dtype = DTYPES.get(weights.header[name]["dtype"], torch.uint8)
     values = torch.frombuffer(bytearray(weights.data[name]), dtype=dtype)
     value = rng.choice([float("nan"), float("inf"), float("-inf"), 1e4, 1e-7]) if dtype.is_floating_point else 3
     where = rng.randrange(len(values))
@@ -252,7 +266,9 @@ def _(rng: Random, place: Place) -> str:
         if what == "metadata":
             header["__metadata__"] = rng.choice([{"format": "tf"}, {"format": "pt", "x": "y"}, {"x": 1}, [], {}])
         elif what == "offsets":
-            header[name]["data_offsets"] = rng.choice([[0, 4], [-4, 0], [8, 4], [0, 2**63], [0.5, 1], header[name]["data_offsets"][:1]])
+            header[name]["data_offsets"] = rng.choice(
+                [[0, 4], [-4, 0], [8, 4], [0, 2**63], [0.5, 1], header[name]["data_offsets"][:1]]
+            )
         elif what == "not JSON":
             return json.dumps(header)[:-2]
         elif what == "twice":
@@ -278,5 +294,3 @@ def _(rng: Random, place: Place) -> str:
     if not beside:
         (place.folder / WEIGHTS).unlink()
     return "beside them" if beside else "alone"
-
-
