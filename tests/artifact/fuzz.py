@@ -34,7 +34,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -64,10 +64,10 @@ class Case(NamedTuple):
 Answer = dict[str, Any]
 
 
-def cases(seed: int, kinds: Iterable[str]) -> Iterator[Case]:
-    """The endless list of a seed, those of other kinds left out: a number means the same with and without `kinds`."""
-    names, wanted = list(MUTATIONS), set(kinds)
-    for number in count():
+def cases(seed: int, kinds: Iterable[str], sorts: Iterable[str] = SORTS) -> Iterator[Case]:
+    """The endless list of a seed, without those of other kinds or sorts: a number always means the same case."""
+    names, wanted, sorts = list(MUTATIONS), set(kinds), set(sorts)
+    for number in range(10**6):  # enough, and an end where no kind goes with a sort
         rng = Random(f"{seed} {number}")
         kind = rng.choice(names)
         sort = rng.choice(
@@ -77,7 +77,7 @@ def cases(seed: int, kinds: Iterable[str]) -> Iterator[Case]:
         if not kind.startswith(("weights", "manifest", "file", "mixed")):
             ways.remove("resume")  # reads the weights alone
         case = Case(number, kind, sort, rng.choice(ways))
-        if kind in wanted:
+        if kind in wanted and sort in sorts:
             yield case
 
 
@@ -204,7 +204,7 @@ class Run:
         Raises:
             RuntimeError: an untouched artifact does not come back as it was saved.
         """
-        needed = {sort for case in chosen for sort in (case.sort, _next(case.sort))}
+        needed = {case.sort for case in chosen} | {_foreign(case) for case in chosen}
         for sort in (sort for sort in SORTS if sort in needed):
             (self.folder / sort).mkdir()
             self.made[sort] = make(sort, self.folder / sort)
@@ -225,7 +225,7 @@ class Run:
     def spoilt(self, case: Case) -> tuple[Place, str]:
         """A copy of its artifact, spoilt, and how."""
         made, where = self.made[case.sort], Path(tempfile.mkdtemp(dir=self.folder))
-        place = Place(where / "artifact", made.twin, self.made[_next(case.sort)].folder)
+        place = Place(where / "artifact", made.twin, self.made[_foreign(case)].folder)
         shutil.copytree(made.folder, place.folder)
         return place, MUTATIONS[case.kind](Random(f"{self.seed} {case.number} {case.kind}"), place)
 
@@ -252,9 +252,10 @@ class Run:
             yield result | ({"trace": answer.get("does not run", answer).get("trace")} if verdict in BAD else {})
 
 
-def _next(sort: str) -> str:
+def _foreign(case: Case) -> str:
+    """The sort that a file of another one is from."""
     names = list(SORTS)
-    return names[(names.index(sort) + 1) % len(names)]
+    return names[(names.index(case.sort) + 1) % len(names)] if "another sort" in case.kind else case.sort
 
 
 def summary(results: list[dict[str, Any]], seed: int) -> Iterator[str]:
@@ -287,6 +288,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of their choice (default: 0)")
     add("--workers", type=int, default=1, help="children at a time (default: 1)")
     add("--kind", nargs="+", metavar="NAME", default=[""], help="beginnings of names of kinds (default: all)")
+    add("--sort", nargs="+", choices=list(SORTS), default=list(SORTS), help="sorts of artifacts (default: all)")
     add("--case", type=int, nargs="+", metavar="NUMBER", help="these cases only")
     add("--json", type=Path, help="file for what became of each case")
     add("--list", action="store_true", help="print the names of the kinds")
@@ -302,7 +304,7 @@ def main() -> None:
     if args.case:
         chosen = [next(islice(cases(args.seed, MUTATIONS), number, None)) for number in args.case]
     else:
-        chosen = list(islice(cases(args.seed, kinds), args.cases))
+        chosen = list(islice(cases(args.seed, kinds, args.sort), args.cases))
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), args.seed)
         run.prepare(chosen, args.workers)
