@@ -174,6 +174,7 @@ def start(work: Work) -> tuple[int, int]:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(nowhere, stream)
+        sys.stdin = os.fdopen(0)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -308,8 +309,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), args.seed)
         run.prepare(chosen, args.workers)
-        found = run.results(chosen, args.workers)
-        results = list(tqdm(found, total=len(chosen), unit="case", disable=None))
+        results: list[dict[str, Any]] = []
+        try:
+            for one in tqdm(run.results(chosen, args.workers), total=len(chosen), unit="case", mininterval=5):
+                results.append(one)
+        except KeyboardInterrupt:
+            print(f"Stopped after {len(results)} of {len(chosen)} cases.")
     results.sort(key=lambda one: one["number"])
     print("\n".join(summary(results, args.seed)))
     if args.case:
@@ -317,7 +322,7 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"seed": args.seed, "cases": results}, indent=1) + "\n")
-    sys.exit(any(one["verdict"] in BAD for one in results))
+    sys.exit(any(one["verdict"] in BAD for one in results) or len(results) < len(chosen))
 
 
 if __name__ == "__main__":

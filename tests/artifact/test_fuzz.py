@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def _memory() -> dict[str, Any]:
 
 
 def _crash() -> dict[str, Any]:
-    os.kill(os.getpid(), 11)
+    os.kill(os.getpid(), signal.SIGKILL)
     return {}
 
 
