@@ -16,12 +16,12 @@ PYTEST = -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 # Small networks: more threads do not pay off, and waiting threads should sleep when the machine is busy.
 demo test test-oldest: export OMP_NUM_THREADS ?= 2
 demo test test-oldest: export OMP_WAIT_POLICY ?= passive
-demo test test-oldest sweep kills: export TOKENIZERS_PARALLELISM = false
-demo test test-oldest sweep kills: export HF_HUB_OFFLINE = 1
+demo test test-oldest sweep fuzz kills: export TOKENIZERS_PARALLELISM = false
+demo test test-oldest sweep fuzz kills: export HF_HUB_OFFLINE = 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install test test-oldest lint format demo sweep kills check reproduce clean
+.PHONY: help install test test-oldest lint format demo sweep fuzz kills check reproduce clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,9 @@ sweep: $(STAMP) ## every architecture of transformers, small, against the record
 
 kills: $(STAMP) ## kill 210 savers at random moments and 50 at chosen ones, print what is left: minutes
 	$(PY) tests/artifact/kills.py --points --random 70 --together 5
+
+fuzz: $(STAMP) ## spoil and load ten thousand artifacts: 15 minutes
+	$(PY) tests/artifact/fuzz.py --cases 10000 --workers 2 --json out/fuzz.json
 
 check: lint demo test-oldest test sweep ## everything that CI runs
 
