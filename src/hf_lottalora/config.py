@@ -369,7 +369,7 @@ class LottaLoraConfig(LoraConfig):
         entries = {key: value for key, value in self.to_dict().items() if key not in _NOT_OPTIONS}
         if isinstance(self.target_modules, DefaultTargets):
             entries["target_modules"] = None
-        return dict(json.loads(json.dumps(entries)))
+        return dict(json.loads(json.dumps(entries, default=_as_json)))
 
     @classmethod
     def from_pretrained(
@@ -418,7 +418,8 @@ class LottaLoraConfig(LoraConfig):
     def _as_planned(self, but: Container[str]) -> dict[str, Any]:
         """Options that were changed since the model was made of them, as they were."""
         now, planned = self.decisive_options(), self._plan.options
-        changed = {key: value for key, value in planned.items() if key not in but and now.get(key) != value}
+        passed = {*but, "modules_to_save"}  # to which PEFT's task classes append heads that the model may not have
+        changed = {key: value for key, value in planned.items() if key not in passed and now.get(key) != value}
         if changed:
             names = ", ".join(f"{key}={now.get(key)!r}" for key in changed)
             warnings.warn(
@@ -464,6 +465,11 @@ def _field_list() -> str:
 
 
 LottaLoraConfig.__doc__ = f"{LottaLoraConfig.__doc__}\nFields besides those of `LoraConfig`:\n{_field_list()}\n"
+
+
+def _as_json(value: Any) -> Any:
+    """Of what a field takes and JSON does not have: sets, and numbers of NumPy and torch."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else value.item()
 
 
 def _listed(names: Any) -> Any:

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from tiny import config, llama, logits, perturb, t5
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM, AutoLottaLoraModelForSeq2SeqLM
+from hf_lottalora.artifact.auto import _check_other_dtypes
 from hf_lottalora.tuner import base_model
 
 
@@ -107,9 +108,8 @@ def test_every_way_of_loading_gives_the_same_dtypes(
         ({"model.norm.weight": "int8"}, r"other_dtypes\['model.norm.weight'\] must be the name of a floating dtype"),
         (
             {"model.nrom.weight": "float16"},
-            "other_dtypes in .* names 'model.nrom.weight', which LlamaForCausalLM lacks",
+            "other_dtypes: expected {}, .* found {'model.nrom.weight': 'float16'}",
         ),
-        ({"model.norm": "float16"}, "other_dtypes in .* names 'model.norm', which LlamaForCausalLM lacks. Nothing was"),
     ],
 )
 def test_dtypes_that_were_edited_by_hand(
@@ -121,3 +121,9 @@ def test_dtypes_that_were_edited_by_hand(
     monkeypatch.setattr(base_model, "draw_into", None)  # nothing is drawn
     with pytest.raises(ValueError, match=message):
         AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_dtypes_of_tensors_that_a_release_names_otherwise(tmp_path: Path) -> None:
+    wanted = config(other_dtypes={"model.nrom.weight": "float16"}, format_version=1)
+    with pytest.raises(ValueError, match="other_dtypes in .* names 'model.nrom.weight', which LlamaForCausalLM lacks"):
+        _check_other_dtypes(tmp_path, llama(), wanted)

@@ -42,6 +42,7 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
 def edit_manifest(folder: Path, **changes: Any) -> None:
     content = json.loads(bytes(load_file(folder / WEIGHTS)["lottalora_manifest"].numpy()))
     content.update(changes)
+    content = {key: value for key, value in content.items() if value is not ...}
     edit_weights(
         folder, lottalora_manifest=torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
     )

@@ -12,7 +12,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from test_artifact_refused import edit_manifest
+from safetensors.torch import load_file
+from test_artifact_refused import WEIGHTS, edit_manifest
 from test_reader import ARCHITECTURE, CONFIG, WAYS, edit
 from tiny import config, llama, logits, perturb
 from torch import nn
@@ -30,6 +31,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # ---- what is built ----------------------------------------------------------------------------------------------------
 
 
+def as_of_0_1(folder: Path) -> Path:
+    """The artifact with the manifest of version 0.1, which says nothing of config.json and options."""
+    content = json.loads(bytes(load_file(folder / WEIGHTS)["lottalora_manifest"].numpy()))
+    later = ("trained", "class", "architecture", "options", "tensors", "artifact")
+    edit_manifest(folder, **dict.fromkeys(later, ...))
+    assert content.keys() >= set(later)
+    edit(folder, CONFIG, lottalora_version="0.1.0")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*was written by version 0.1")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -50,7 +62,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_a_configuration_that_makes_no_model(
     saved: tuple[PeftModel, Path], changes: dict[str, Any], message: str
 ) -> None:
-    edit(saved[1], ARCHITECTURE, **changes)
+    edit(as_of_0_1(saved[1]), ARCHITECTURE, **changes)
     start = time.monotonic()
     with pytest.raises(ValueError, match=message):
         load(saved[1])
@@ -66,19 +78,12 @@ def test_a_model_is_not_built_past_a_limit() -> None:
         assert nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))[1].weight.is_meta
 
 
-def test_other_dtypes_of_what_is_not_there(saved: tuple[PeftModel, Path]) -> None:
-    edit(saved[1], CONFIG, other_dtypes={"model.no_such.weight": "float16"})
-    with pytest.raises(
-        ArtifactError, match="other_dtypes: expected paths of tensors of a LlamaForCausalLM, found 'model"
-    ):
-        load(saved[1])
-
-
 def test_a_device_that_is_not_there_is_said_first() -> None:
     with pytest.raises((RuntimeError, AssertionError), match=r"(?i)cuda|nvidia|hip|device"):
         load("no such artifact", device=f"cuda:{torch.cuda.device_count() + 3}")
 
 
+@pytest.mark.filterwarnings("ignore:.*was written by version 0.1")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -90,7 +95,7 @@ def test_a_device_that_is_not_there_is_said_first() -> None:
 def test_the_manifest_is_compared_before_anything_is_injected(
     saved: tuple[PeftModel, Path], changes: dict[str, Any], message: str
 ) -> None:
-    edit_manifest(saved[1], **changes)
+    edit_manifest(as_of_0_1(saved[1]), **changes)
     base = llama()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     with pytest.raises(ValueError, match=message):
@@ -106,6 +111,7 @@ def test_the_manifest_is_compared_before_anything_is_injected(
 # ---- what is run ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*was written by version 0.1")
 @pytest.mark.parametrize("model_type", ["llama", "of its own"])
 def test_no_code_of_an_artifact_is_run_and_nobody_is_asked(
     saved: tuple[PeftModel, Path], model_type: str, monkeypatch: pytest.MonkeyPatch
@@ -116,6 +122,10 @@ def test_no_code_of_an_artifact_is_run_and_nobody_is_asked(
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: ...\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("someone was asked"))
+    for way in ("our loader", "AutoPeftModel"):
+        with pytest.raises(ValueError, match="auto_map.AutoConfig: expected 'nothing'|architectures|model_type"):
+            WAYS[way](folder)
+    as_of_0_1(folder)
     for way in ("our loader", "AutoPeftModel"):
         if model_type == "llama":
             assert torch.equal(logits(WAYS[way](folder)), logits(model))
@@ -221,7 +231,7 @@ def test_a_folder_without_a_config_is_not_looked_for_on_the_hub(
 ) -> None:
     (tmp_path / "user" / "artifact" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for name in ("hf_lottalora.artifact.files.hf_hub_download", "peft.config.hf_hub_download"):
+    for name in ("hf_lottalora.artifact.hub.hf_hub_download", "peft.config.hf_hub_download"):
         monkeypatch.setattr(name, lambda *args, **kwargs: pytest.fail("asked the hub"))
     for more in ({}, {"subfolder": "sub"}, {"subfolder": "no such"}):
         with pytest.raises(ArtifactError, match="Can't find 'adapter_config.json' at 'user/artifact"):

@@ -37,6 +37,10 @@ def test_it_is_trained_by_default_and_adapted_where_asked_for(name: str) -> None
     plan = make_plan(model, config(r=2))
     assert {t.path: t.role for t in plan.tensors}[f"{head}.weight"] == "trained"
     assert head not in plan.targets
+    if name == "parakeet_ctc":
+        with pytest.raises(ValueError, match="head='lora': no adapter goes on 'ctc_head', a .*Pass head='train'"):
+            make_plan(model, config(r=2, head="lora"))
+        return
     adapted = make_plan(model, config(r=2, head="lora"))
     assert {t.path: t.role for t in adapted.tensors}[f"{head}.weight"] == "scaffold"
     assert head in {adapter.path for adapter in adapted.adapters}

@@ -78,8 +78,14 @@ def _wanted(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> tuple[T
     targets = choose_targets(survey, config, extra)
     paths, adapted_head = set(targets.paths), config.head in ADAPTED_HEADS
     if config.resolved_targets is None and adapted_head:
-        kinds = ("linear",) if written_by_0_1(config) else ("linear", "conv")
-        paths |= {m.path for m in survey.modules if m.in_head and m.kind in kinds}
+        old = written_by_0_1(config)
+        refused = next((m for m in survey.modules if m.in_head and m.reason and not under(m.path, extra)), None)
+        if refused is not None and not old:
+            raise ValueError(
+                f"head={config.head!r}: no adapter goes on {refused.path!r}, a {refused.type_name} whose forward "
+                f"{refused.reason}. Pass head='train', or name it in modules_to_save."
+            )
+        paths |= {m.path for m in survey.modules if m.in_head and m.kind in ("linear", "linear" if old else "conv")}
     paths -= {f"{m.path}.out_proj" for m in survey.modules if m.kind == "projection" and m.path in paths}
     whole = {m.path for m in survey.modules if under(m.path, extra) or (m.in_head and not adapted_head)}
     return targets, paths - whole

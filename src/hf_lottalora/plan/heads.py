@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..paths import clean_modules
 from .modules import weight_of
 
-_HEAD = re.compile(r"(\w+_)?(head|classifier|score)")
+_HEAD = re.compile(r"([a-z_]+\.)*([a-z_]+_)?(head|classifier|score)")  # of repeated layers a classifier is a router
 
 
 def embedding_module(model: nn.Module, getter: str) -> nn.Module | None:
@@ -45,5 +45,5 @@ def inner_heads(model: nn.Module) -> Iterator[str]:
             head = embedding_module(module, "get_output_embeddings")
             head = None if isinstance(head, nn.Embedding) else head
             yield from (f"{path}.{below}" for below, part in module.named_modules() if part is head)
-        elif alone and _HEAD.fullmatch(path.rpartition(".")[2]) and weight_of(module) is not None:
+        elif alone and _HEAD.fullmatch(path) and weight_of(module) is not None:
             yield path
