@@ -13,7 +13,19 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "hf_lottalora"
 # From the ground up.
-WINGS = ["paths", "scaffold", "options", "residency", "config", "layers", "plan", "artifact", "tuner", "experiments"]
+WINGS = [
+    "paths",
+    "scaffold",
+    "options",
+    "residency",
+    "recorded",
+    "config",
+    "layers",
+    "plan",
+    "artifact",
+    "tuner",
+    "experiments",
+]
 OUTSIDE = {"__init__", "_registry", "_ways_in"}
 
 

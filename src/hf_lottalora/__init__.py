@@ -4,7 +4,7 @@ Each folder is a wing, which imports from those before it in this list and never
 
 - `scaffold`: numbers from a seed. Read `draw`, `families` and `scales`, then `tensor` (one drawn tensor).
 - `residency`: a drawn weight that is packed, or not in memory at all.
-- `options` and `config`: every option, documented once.
+- `options`, `recorded` and `config`: every option, documented once, and what files say of them.
 - `layers`: the equation. Read `functional`, `layer`, `linear`, then `conv`, `embedding`, `rows`, `attention`.
 - `plan`: what becomes of each tensor of a model, decided before it is touched. Read `survey`, `plan`, `planner`.
 - `artifact`: what is on disk and on the hub, and loading a model from nothing else.

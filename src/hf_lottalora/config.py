@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,6 @@ from peft.utils import PeftType
 from torch import nn
 
 from .options import (
-    REFUSED,
     Embeddings,
     Head,
     Magnitude,
@@ -32,6 +30,7 @@ from .options import (
     check_token_indices,
     check_types,
 )
+from .recorded import Recorded
 from .residency.forms import Residency, check_residency
 from .scaffold.draw import GENERATOR, check_seed
 from .scaffold.families import get_family
@@ -68,23 +67,8 @@ class ArtifactFiles(Protocol):
 artifact_files: ArtifactFiles = None  # type: ignore[assignment]
 
 
-# Fields that do not decide which model it is: where it was, what wrote it, where it goes; and digests, which the
-# manifest has anyway.
-_NOT_OPTIONS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "kept_digests", "lottalora_version", "peft_version",
-    "residency", "revision", "runtime_config", "scaffold_digests",
-}  # fmt: skip
-
-
-class DefaultTargets(set[str]):
-    """What was chosen for a config without `target_modules`, where PEFT wants to see names; it goes on meaning None."""
-
-
-_CHOOSE = ("exclude_modules", "layers_to_transform", "layers_pattern", "head")  # layers, with target_modules
-
-
 @dataclass
-class LottaLoraConfig(LoraConfig):
+class LottaLoraConfig(Recorded):
     """Configuration of a LottaLoRA adapter: `h = beta * W_seed h + scaling * B A h` (paper section 1).
 
     Takes `LoraConfig`'s fields (`r`, `target_modules`, `lora_alpha`, `lora_dropout`, `use_rslora`, `rank_pattern`,
@@ -308,16 +292,6 @@ class LottaLoraConfig(LoraConfig):
             self.__dict__["frozen_by_file"] = False
         super().__setattr__(name, value)
 
-    def chooses_anew(self) -> bool:
-        """Whether the options say which layers carry adapters, beside `resolved_targets`: not as a file has them."""
-        if self._choice_read is None:
-            return self._choice()[0] is not None
-        return bool(self._choice() != self._choice_read)
-
-    def _choice(self) -> tuple[Any, ...]:
-        targets = None if isinstance(self.target_modules, DefaultTargets) else _listed(self.target_modules)
-        return targets, *(_listed(getattr(self, name)) for name in _CHOOSE)
-
     def _check_types(self) -> dict[str, Any]:
         values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
         check_refused(values)
@@ -348,28 +322,6 @@ class LottaLoraConfig(LoraConfig):
     def effective_adapter_seed(self) -> int:
         """The seed of everything trained: `adapter_seed`, or `seed` where that is None."""
         return self.seed if self.adapter_seed is None else self.adapter_seed  # type: ignore[return-value]
-
-    @property
-    def token_indices(self) -> Any:
-        """`trainable_token_indices` as they were given; of a config that is in use, PEFT finds them empty."""
-        return getattr(self.trainable_token_indices, "given", self.trainable_token_indices)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as a dictionary, without the options of `LoraConfig` that LottaLoRA refuses."""
-        entries = {key: value for key, value in super().to_dict().items() if key not in REFUSED}
-        entries["target_modules"] = _listed(entries["target_modules"])
-        entries["exclude_modules"] = _listed(entries["exclude_modules"])
-        entries["trainable_token_indices"] = self.token_indices
-        names = self.modules_to_save  # to which PEFT appends those of a task, again and again
-        entries["modules_to_save"] = None if names is None else list(dict.fromkeys(names)) or None
-        return entries
-
-    def decisive_options(self) -> dict[str, Any]:
-        """The options that decide which model it is, as JSON has them; the artifact's manifest holds them too."""
-        entries = {key: value for key, value in self.to_dict().items() if key not in _NOT_OPTIONS}
-        if isinstance(self.target_modules, DefaultTargets):
-            entries["target_modules"] = None
-        return dict(json.loads(json.dumps(entries, default=_as_json)))
 
     @classmethod
     def from_pretrained(
@@ -403,32 +355,6 @@ class LottaLoraConfig(LoraConfig):
         """As PEFT's; where a save was cut short, of the file that belongs to the weights."""
         file = Path(path_json_file)
         return super().from_json_file(str(artifact_files.current(file.parent, file.name)), **kwargs)
-
-    def as_saved(self) -> LottaLoraConfig:
-        """With what is recorded of the model that it is used for, if any."""
-        recorded: dict[str, Any] = {}
-        if self._plan is not None:
-            recorded = {**self._plan.recorded_digests(), **self._plan.recorded_options()}
-            recorded["other_dtypes"] = self._other_dtypes
-            recorded |= self._as_planned(recorded.keys())
-        if isinstance(self.target_modules, DefaultTargets):
-            recorded["target_modules"] = None
-        return dataclasses.replace(self, **recorded)
-
-    def _as_planned(self, but: Container[str]) -> dict[str, Any]:
-        """Options that were changed since the model was made of them, as they were."""
-        now, planned = self.decisive_options(), self._plan.options
-        passed = {*but, "modules_to_save"}  # to which PEFT's task classes append heads that the model may not have
-        changed = {key: value for key, value in planned.items() if key not in passed and now.get(key) != value}
-        if changed:
-            names = ", ".join(f"{key}={now.get(key)!r}" for key in changed)
-            warnings.warn(
-                f"{names} was set after the model was made with {', '.join(f'{k}={v!r}' for k, v in changed.items())}. "
-                "It has no effect, and the artifact says what the model was made with.",
-                UserWarning,
-                stacklevel=4,
-            )
-        return changed
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`; called last by `PeftModel.save_pretrained`, it also completes the artifact
@@ -465,15 +391,6 @@ def _field_list() -> str:
 
 
 LottaLoraConfig.__doc__ = f"{LottaLoraConfig.__doc__}\nFields besides those of `LoraConfig`:\n{_field_list()}\n"
-
-
-def _as_json(value: Any) -> Any:
-    """Of what a field takes and JSON does not have: sets, and numbers of NumPy and torch."""
-    return sorted(value) if isinstance(value, (set, frozenset)) else value.item()
-
-
-def _listed(names: Any) -> Any:
-    return sorted(names) if isinstance(names, set) else names
 
 
 def _package_version() -> str:

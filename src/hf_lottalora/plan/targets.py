@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from ..config import DefaultTargets, LottaLoraConfig
+from ..config import LottaLoraConfig
+from ..recorded import DefaultTargets
 from . import targets_0_1
 from .left_out import LeftOut, condensed, layers_outside_head, why_left_out
 from .modules import SurveyedModule

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..artifact.architecture import check_architecture
 from ..artifact.manifest import check_content, check_scaffold
-from ..config import DefaultTargets, LottaLoraConfig
+from ..config import LottaLoraConfig
 from ..layers.adapter_tensor import DECAYED, UNDECAYED
 from ..layers.attention import unfuse
 from ..layers.layer import ScaffoldLayer
@@ -25,6 +25,7 @@ from ..plan.initialization import PrivateRandomness
 from ..plan.plan import PREFIX, Plan
 from ..plan.planner import plan_from_survey, warn_of_losses
 from ..plan.survey import Survey, survey_model, with_model_dtypes
+from ..recorded import DefaultTargets
 from .base_model import BaseTensors, check_loadable, materialise
 from .merging import Merging
 from .placing import Placing, as_planned
