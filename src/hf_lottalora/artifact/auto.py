@@ -19,6 +19,7 @@ from .files import HUB_OPTIONS, recorded_tensors
 from .hollow import BUILDING, hollow
 from .hub import pinned
 from .loaders import builds, loader_of
+from .reader import ArtifactError
 
 
 class AutoLottaLora:
@@ -42,6 +43,7 @@ class AutoLottaLora:
         attn_implementation: str | None = None,
         residency: Residency | None = None,
         base_model: bool | str | os.PathLike[str] | None = None,
+        digest: str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         **hub_kwargs: Any,
@@ -62,6 +64,7 @@ class AutoLottaLora:
             base_model: with redraw "targets" or "none", the pretrained model to load it over: its name or path, or True
                 for the one that the artifact names. A downloaded artifact needs this, unless it names a commit too;
                 safetensors only.
+            digest: what the model card says of it, had by another way: the one proof that nobody exchanged the files.
             torch_dtype: older name of `dtype`.
             device_map: instead of `device`, what is one device: its name or number, {"": device}, or "auto" = the
                 accelerator where there is one.
@@ -80,7 +83,7 @@ class AutoLottaLora:
             raise TypeError(
                 f"{cls.__name__}.from_pretrained does not take {unknown}. {instead_of(unknown)}The architecture and "
                 "the adapter's options come from the artifact; besides dtype, device, attn_implementation, "
-                f"residency and base_model it takes subfolder, {', '.join(HUB_OPTIONS)}."
+                f"residency, base_model and digest it takes subfolder, {', '.join(HUB_OPTIONS)}."
             )
         dtype, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
         torch.empty(0, device=device)  # one that is not there is said now, not when all is drawn
@@ -93,6 +96,7 @@ class AutoLottaLora:
             attn_implementation,
             residency,
             base_model,
+            digest,
         )
         model = whole(lambda: cls._load(path, *options, **hub_kwargs), path, hub_kwargs.get("subfolder"))
         return model.to(device)
@@ -108,11 +112,18 @@ class AutoLottaLora:
         attn_implementation: str | None,
         residency: Residency | None,
         base_model: bool | str | os.PathLike[str] | None,
+        digest: str | None,
         **hub_kwargs: Any,
     ) -> PeftModel:
         config = LottaLoraConfig.from_pretrained(path, **hub_kwargs)
         if not isinstance(config, LottaLoraConfig):
             raise ValueError(f"{path} is a {config.peft_type} adapter, expected {'LOTTALORA'}. Use PeftModel for it.")
+        found = (config._artifact_manifest or {}).get("artifact")
+        if digest is not None and digest != found:
+            raise ArtifactError(
+                f"{path}: expected the artifact with digest {digest!r}, found {found!r}. Nothing was loaded. Another "
+                "version was saved there, or somebody exchanged the files."
+            )
         families = {config.family, *config.family_pattern.values()}
         config.residency = check_residency(residency or config.residency, families)
         file = config._artifact_architecture

@@ -16,9 +16,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from ..plan.plan import Plan
+from ..plan.plan import MANIFEST_KEY, Plan
 from .card_parts import Parts, split
 from .loaders import loader_of, pipeline_tag
+from .manifest import read_manifest
 
 _HERE = "path/to/this/folder"
 
@@ -158,7 +159,13 @@ def _figures(plan: Plan, folder: Path) -> dict[str, str]:
         "of which A, B and beta": f"{plan.adapter_parameters:,}",
         "size of the weights here": f"{file.stat().st_size:,} bytes; all of the model's are {dense:,} bytes",
         "beta": _betas(file),
+        "digest": f"`{_digest(file)}`",
     }
+
+
+def _digest(file: Path) -> str:
+    with safe_open(file, framework="pt") as tensors:
+        return str(read_manifest(tensors.get_tensor(MANIFEST_KEY), str(file))["artifact"])
 
 
 def _betas(file: Path) -> str:
