@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import config, ids, llama_config, logits, perturb
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LevitForImageClassification, LlamaConfig, LlamaForCausalLM
 
-from hf_lottalora import AutoLottaLoraModelForCausalLM
+from hf_lottalora import AutoLottaLoraModelForCausalLM, AutoLottaLoraModelForImageClassification
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import shrink
 
 
 def built_with(name: str, derive: Callable[[Any], None]) -> type[LlamaConfig]:
@@ -96,3 +101,17 @@ def test_a_padding_token_that_is_set_later_moves_no_row(options: dict[str, Any],
     assert torch.equal(logits(again), logits(model))
     again.verify_scaffold(full=True)
     assert {m.padding_idx for m in again.modules() if isinstance(m, torch.nn.Embedding)} == {None}  # row 5 learns
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_writes_into_its_configuration_when_it_is_built(tmp_path: Path) -> None:
+    """LeViT appends to a list there, once more in each model that is built of what was saved."""
+    with torch.random.fork_rng():
+        base = LevitForImageClassification(shrink.shrunk_config("levit")).eval()
+    model = get_peft_model(base, config(r=2)).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    pixels = next(shrink.batches_of(base))
+    again = AutoLottaLoraModelForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**pixels).logits, model(**pixels).logits)

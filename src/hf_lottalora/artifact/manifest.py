@@ -196,8 +196,8 @@ def check_state_dict(
     where = "The adapter file"
     content = read_manifest(state_dict.get(MANIFEST_KEY), where)
     check_content(plan, content, {key: tuple(value.shape) for key, value in state_dict.items()}, where)
-    check_architecture(content, None, model)
     if verified != content:
+        check_architecture(content, None, model)
         warn_of_0_1(content, where)
         check_tensors(content, state_dict, state_dict.__getitem__, where)
 
