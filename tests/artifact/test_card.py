@@ -163,7 +163,7 @@ def test_the_pushed_snippet_runs_when_pasted(hub: Hub, revision: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     expected = model(torch.arange(5)[None]).logits.double().sum().item()
-    assert abs(float.fromhex(done.stdout.split()[-1]) - expected) < 1e-6
+    assert abs(float.fromhex(done.stdout.split()[-1]) - expected) < 1e-4
 
 
 def test_the_snippet_over_a_module_of_ones_own(hub: Hub) -> None:

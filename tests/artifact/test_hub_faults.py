@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def test_a_warm_cache_helps(hub: Hub, pushed: PeftModel, way: str, status: int) 
 @every_way
 def test_the_server_is_gone(hub: Hub, pushed: PeftModel, way: str) -> None:
     hub.close()
-    with pytest.raises((OSError, ValueError), match="adapter_config.json of user/name could not be fetched.*Connect"):
+    with pytest.raises(
+        (OSError, ValueError), match="adapter_config.json of user/name could not be fetched.*(Connect|closed)"
+    ):
         WAYS[way]("user/name")
 
 
@@ -148,6 +151,10 @@ def test_gated(hub: Hub, pushed: PeftModel, way: str) -> None:
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "config.json"])
 def test_a_download_that_breaks_off_goes_on(hub: Hub, pushed: PeftModel, file: str) -> None:
     hub.rule(f"GET .*/resolve/.*/{file}", "cut", times=2)
+    if version("huggingface_hub").startswith("1."):  # which leaves it to the next call to go on
+        for _ in range(2):
+            with pytest.raises(OSError, match=f"{file} of user/name.* could not be fetched"):
+                WAYS["ours"]("user/name")
     assert same("ours", pushed)
 
 

@@ -37,7 +37,7 @@ def test_it_is_trained_by_default_and_adapted_where_asked_for(name: str) -> None
     plan = make_plan(model, config(r=2))
     assert {t.path: t.role for t in plan.tensors}[f"{head}.weight"] == "trained"
     assert head not in plan.targets
-    if name == "parakeet_ctc":
+    if type(model.get_submodule(head)).__module__.startswith("transformers."):  # with a forward of its own
         with pytest.raises(ValueError, match="head='lora': no adapter goes on 'ctc_head', a .*Pass head='train'"):
             make_plan(model, config(r=2, head="lora"))
         return

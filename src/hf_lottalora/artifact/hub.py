@@ -44,7 +44,7 @@ def download(repo_id: str, filename: str, subfolder: str | None = None, **hub: A
         raise OSError(reason(error, repo_id, name, options.get("revision"))) from error
     except EntryNotFoundError:
         return None
-    except (OSError, ValueError, _OF_CLIENT) as error:
+    except (OSError, ValueError, RuntimeError, _OF_CLIENT) as error:  # huggingface_hub 1's tries again, closed
         raise OSError(reason(error, repo_id, name, options.get("revision"))) from error
 
 
