@@ -236,11 +236,20 @@ def read_weights_header(file: str) -> tuple[dict[str, tuple[int, ...]], torch.Te
     Raises:
         ArtifactError: the file is damaged or cut off, or the manifest in it is.
     """
-    entries = parse(_header(file), f"{file}: header")
+    header = _header(file)
+    entries = parse(header, f"{file}: header")
     for key, entry in entries.items():
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         if key != "__metadata__" and dtype not in _DTYPES:
             raise ArtifactError(f"{file}: header: {key}: expected a dtype of torch, found {dtype!r}. {_AGAIN}")
+    offsets = [entry.get("data_offsets") for key, entry in entries.items() if key != "__metadata__"]
+    ends = [pair[1] for pair in offsets if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], int)]
+    size, found = 8 + len(header) + max(ends, default=0), os.path.getsize(file)
+    if found != size:  # before that much is mapped into memory
+        raise ArtifactError(
+            f"{file} is not a readable safetensors file; it may be truncated: expected {size} bytes, found {found}. "
+            f"{_AGAIN}"
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
