@@ -76,8 +76,7 @@ def test_a_kill_at_a_random_moment_leaves_old_or_new(counts: dict[str, Any]) -> 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 def test_two_processes_that_save_and_one_that_loads(counts: dict[str, Any]) -> None:
     found = counts["together"]
-    # On a slow machine a load may find a save at each of its attempts, and says so.
-    assert found["lost"] == 0 and found["old"] + found["new"] + found["refused"] >= 2, counts
+    assert found["lost"] == 0 and found["old"] + found["new"] >= 2, counts
 
 
 def full(*args: Any, **kwargs: Any) -> None:
