@@ -137,15 +137,23 @@ def life(
             if not torch.equal(output(again, batch), expected):
                 raise AssertionError("outputs differ")
         stage = "merge"
-        merged = output(model.merge_and_unload().eval(), batch)
-        difference = float((merged - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-        if not difference < 1e-2:
-            raise AssertionError(f"merged, outputs differ by {difference:.2g} of the largest")
+        if not merge_error(model, batch) < 1e-2:  # rounding may choose other codes or experts
+            again = PeftModel.from_pretrained(built(cls, model_type), folder).eval().double()
+            doubles = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+            if not (difference := merge_error(again, doubles)) < 1e-6:
+                raise AssertionError(f"merged, outputs differ by {difference:.2g} of the largest, in float64 too")
     except Exception as error:
         ours = any("hf_lottalora" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-1:])
         refused = stage == "inject" and ours and isinstance(error, (ValueError, TypeError))
         return {"status": "refused" if refused else f"failed: {stage}", "reason": said(error), **facts}
     return {"status": "works", **facts}
+
+
+def merge_error(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """By how much of the largest the outputs change when the adapters are merged."""
+    expected = output(model, batch)
+    merged = output(model.merge_and_unload().eval(), batch)
+    return float((merged - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 
 def trained(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shrink
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import config, ids, llama_config, logits, perturb
 from transformers import LevitForImageClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM, AutoLottaLoraModelForImageClassification
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import shrink
 
 
 def built_with(name: str, derive: Callable[[Any], None]) -> type[LlamaConfig]:

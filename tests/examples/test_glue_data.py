@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import EvalPrediction
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 from glue_data import DataArguments, TextData, UsageError, load_text_data
+from transformers import EvalPrediction
 
 
 def two_classes(task: str) -> dict[str, float]:

@@ -26,8 +26,6 @@ import hf_lottalora
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "examples" / "train_glue.py")
-sys.path.insert(0, str(ROOT / "examples"))
-
 import train_glue  # noqa: E402
 
 BIN = Path(sys.executable).parent

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+import shrink
 import torch
 from tiny import config, llama
 
 from hf_lottalora import make_plan
 from hf_lottalora.plan.survey import survey_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import shrink
 
 HEADS = {
     "clip": ("CLIPForImageClassification", "classifier"),

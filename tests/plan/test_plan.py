@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import sizes
 import torch
 from accelerate import init_empty_weights
 from peft import get_peft_model
@@ -14,10 +13,6 @@ from torch import nn
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from hf_lottalora import Plan, make_plan
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "paper"))
-
-import sizes
 
 TOTALS = {"3M": 2_368_320, "30M": 29_990_784, "300M": 315_405_312, "600M": 693_370_944, "900M": 1_212_039_296}
 

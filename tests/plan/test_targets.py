@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shrink
 import torch
 import transformers as T
 from peft import PeftModel, get_peft_model
@@ -18,10 +18,6 @@ from torch import nn
 from hf_lottalora import AutoLottaLoraModelForCausalLM, make_plan
 from hf_lottalora.plan import targets
 from hf_lottalora.plan.structure import weights_read
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import shrink
 
 GOLDEN = json.loads(Path(__file__).with_name("default_targets.json").read_text())
 # A fixed part of the sweep over all architectures (benchmarks/architectures.py), chosen for what is special in each.

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedConfig
 
 # Parts of configuration keys that do not change what a model computes in evaluation.
 _NEUTRAL = (
@@ -44,11 +46,12 @@ def describe(architecture: Any) -> dict[str, Any]:
 
     Returns:
         values: what decides, by key, parts (text, vision) as dictionaries.
-        chosen: paths of those that are not the class's default: a release that lacks them builds another model.
+        chosen: paths, lists of keys, of those that are not the class's default: a release that lacks them builds
+            another model.
     """
     values = plain(architecture)
-    defaults = _defaults(values)
-    chosen = [path for path, _ in _leaves(values) if not _holds(defaults, path, values)]
+    defaults = _defaults(architecture)
+    chosen = [list(path) for path, _ in _leaves(values) if not _holds(defaults, path, values)]
     return {"values": values, "chosen": chosen}
 
 
@@ -60,14 +63,13 @@ def first_contradiction(described: Mapping[str, Any], architecture: Any) -> tupl
     recorded, live = described["values"], plain(architecture)
     for difference in _differences(recorded, live):
         return difference
-    chosen = set(described["chosen"])
-    for path, value in _leaves(recorded):
-        if path in chosen and not _has(live, path):
-            return path, value, UNKNOWN
-    defaults = _defaults(live)
+    for path in described["chosen"]:
+        if not _has(live, path):
+            return ".".join(path), _at(recorded, path), UNKNOWN
+    defaults = _defaults(architecture)
     for path, value in _leaves(live):
         if not _has(recorded, path) and not _holds(defaults, path, live):
-            return path, UNKNOWN, value
+            return ".".join(path), UNKNOWN, value
     return None
 
 
@@ -79,9 +81,11 @@ def first_edit(described: Mapping[str, Any], content: Mapping[str, Any]) -> tupl
     recorded, said = described["values"], decisive(content)
     for path, value in _leaves(said):
         if not _holds(recorded, path, said):
-            return path, _at(recorded, path) if _has(recorded, path) else UNKNOWN, value
-    missing = next((path for path in described["chosen"] if not _has(said, path)), None)
-    return missing and (missing, _at(recorded, missing), UNKNOWN)
+            return ".".join(path), _at(recorded, path) if _has(recorded, path) else UNKNOWN, value
+    for path in described["chosen"]:
+        if not _has(said, path):
+            return ".".join(path), _at(recorded, path), UNKNOWN
+    return None
 
 
 UNKNOWN = "nothing"  # of a key that one side does not have
@@ -94,8 +98,10 @@ def plain(architecture: Any) -> dict[str, Any]:
 
 def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
     """Of the content of a configuration, without the neutral keys, as JSON has it."""
-    # Through text, so that tuples and lists, numbers and strings as keys, and NaN and NaN are the same.
-    return _decisive(json.loads(json.dumps(content, default=str), parse_constant=str))
+    # Through text, so that tuples and lists, numbers and strings as keys, and NaN and NaN are the same. Numbers that
+    # JSON lacks as transformers writes them into files.
+    text = json.dumps(content, default=str)
+    return _decisive(json.loads(text, parse_constant=lambda name: {"__float__": name}))
 
 
 def _decisive(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,22 +122,20 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str =
             yield f"{prefix}{key}", mine, theirs
 
 
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(content: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in content.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, (*prefix, key))
         else:
-            yield f"{prefix}{key}", value
+            yield (*prefix, key), value
 
 
-def _at(content: Any, path: str) -> Any:
+def _at(content: Any, path: Sequence[str]) -> Any:
     """The value at a path; raises KeyError or TypeError where there is none."""
-    for part in path.split("."):
-        content = content[part]
-    return content
+    return reduce(operator.getitem, path, content)
 
 
-def _has(content: Mapping[str, Any], path: str) -> bool:
+def _has(content: Mapping[str, Any], path: Sequence[str]) -> bool:
     try:
         _at(content, path)
     except (KeyError, TypeError):
@@ -139,23 +143,18 @@ def _has(content: Mapping[str, Any], path: str) -> bool:
     return True
 
 
-def _holds(defaults: Mapping[str, Any], path: str, content: Mapping[str, Any]) -> bool:
+def _holds(defaults: Mapping[str, Any], path: Sequence[str], content: Mapping[str, Any]) -> bool:
     return _has(defaults, path) and _at(defaults, path) == _at(content, path)
 
 
-def _defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+def _defaults(architecture: Any) -> dict[str, Any]:
     """What the class of a configuration, and those of its parts, have where nothing is said."""
-    found: dict[str, Any] = {}
-    kind = content.get("model_type")
-    if kind in CONFIG_MAPPING:
-        try:
-            found = plain(CONFIG_MAPPING[kind]())
-        except Exception:  # some have none without their parts
-            found = {"model_type": kind}
-    for key, value in content.items():
-        if isinstance(value, dict) and "model_type" in value:
-            found[key] = _defaults(value)
-    return found
+    try:
+        found = plain(type(architecture)())
+    except Exception:  # some have none without their parts
+        found = {"model_type": architecture.model_type}
+    parts = {key: part for key, part in vars(architecture).items() if isinstance(part, PreTrainedConfig)}
+    return found | {key: _defaults(part) for key, part in parts.items()}
 
 
 def canonical_json(content: Any) -> bytes:
