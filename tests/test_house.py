@@ -1,6 +1,7 @@
 """The house keeps its order: a file imports from its own wing and from those below, never in a circle.
 
-Imports under TYPE_CHECKING and inside functions count. `__init__`, `_registry` and `_ways_in` stand outside: they import everything.
+Imports under TYPE_CHECKING and inside functions count. `__init__` and `_registry` stand outside: they import
+everything.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WINGS = [
     "tuner",
     "experiments",
 ]
-OUTSIDE = {"__init__", "_registry", "_ways_in"}
+OUTSIDE = {"__init__", "_registry"}
 
 
 def imports(file: Path, root: Path = SOURCE) -> set[str]:

@@ -36,8 +36,8 @@ def _save_whole() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        from .artifact.hub_methods import is_ours, save_and_push
         from .artifact.manifest import for_a_file
+        from .artifact.peft_methods import is_ours, save_and_push
         from .artifact.writing import staged
 
         if not is_ours(self):
@@ -90,8 +90,7 @@ def register() -> None:
         RuntimeError: another package has registered a PEFT method of this name.
     """
     _add_peft_type()
-    from ._ways_in import watch
-    from .artifact.hub_methods import install
+    from .artifact.peft_methods import install
     from .config import LottaLoraConfig
     from .tuner.model import LottaLoraModel
 
@@ -106,5 +105,4 @@ def register() -> None:
     _save_whole()
     install()
     _load_without_a_base()
-    watch()
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is LottaLoraModel and PEFT_TYPE_TO_PREFIX_MAPPING[member] == "lora_"

@@ -1,4 +1,7 @@
-"""What PEFT's and Trainer's methods do with the hub and with cards where the model is ours; the rest passes through."""
+"""What PEFT's and Trainer's methods do with files, the hub and cards where the artifact is ours; others pass through.
+
+PEFT reads an adapter's files before anything of ours is asked: here our reader is put on the way.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
+from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
+from ..config import LottaLoraConfig
+from ..plan.plan import MANIFEST_KEY
+from . import reader
 from .card import card_text, hub_base, write_card
 from .card_parts import split
+from .files import read_weights
 from .hub import HUB_OPTIONS, local_copy, reason
 from .loaders import pipeline_tag
 from .publish import push_folder, push_model
@@ -33,20 +41,22 @@ def install() -> None:
         (PeftModel, create_or_update_model_card),
         (PeftModel, load_adapter),
         (Trainer, create_model_card),
+        (PeftConfigMixin, from_json_file),
+        (PeftConfigMixin, _get_peft_type),
     ):
         _wrap(owner, method)
-    find = PeftConfig._get_peft_type.__func__
-    PeftConfig._get_peft_type = classmethod(functools.wraps(find)(functools.partial(_get_peft_type, find)))
 
 
 def _wrap(owner: Any, method: Callable[..., Any]) -> None:
-    theirs = getattr(owner, method.__name__)
+    theirs = inspect.getattr_static(owner, method.__name__)
+    of_class = isinstance(theirs, classmethod)
+    function = theirs.__func__ if of_class else theirs
 
-    @functools.wraps(theirs)
+    @functools.wraps(function)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return method(theirs, self, *args, **kwargs)
+        return method(function, self, *args, **kwargs)
 
-    setattr(owner, method.__name__, wrapper)
+    setattr(owner, method.__name__, classmethod(wrapper) if of_class else wrapper)
 
 
 def push_to_hub(theirs: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,10 +75,13 @@ def create_or_update_model_card(theirs: Callable[..., Any], model: Any, output_d
 def load_adapter(
     theirs: Callable[..., Any], model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """From the hub: all files from one commit, that of the config which `from_pretrained` may just have read."""
+    """From the hub: all files from one commit, that of the config which `from_pretrained` may just have read.
+
+    Into an adapter that is there PEFT reads no config, and into plain LoRA whatever has its keys.
+    """
+    named, config = model_id, model.peft_config.get(adapter_name)
+    options = {key: kwargs[key] for key in ("subfolder", *HUB_OPTIONS) if kwargs.get(key) is not None}
     if is_ours(model):
-        config = model.peft_config.get(adapter_name)
-        options = {key: kwargs[key] for key in ("subfolder", *HUB_OPTIONS) if kwargs.get(key) is not None}
         just_read, commit = getattr(config, "_artifact_commit", None) or (None, None)
         read = {"revision": commit, "force_download": False} if just_read == str(model_id) else {}
         if config is not None:
@@ -77,7 +90,17 @@ def load_adapter(
         if folder is not None:
             model_id = str(folder)
             kwargs = {key: value for key, value in kwargs.items() if key not in options}
-    return theirs(model, model_id, adapter_name, *args, **kwargs)
+            options = {}
+    if isinstance(config, LottaLoraConfig):
+        read_weights(model_id, **options)
+    result = theirs(model, model_id, adapter_name, *args, **kwargs)
+    if any(MANIFEST_KEY in key for key in result.unexpected_keys):
+        raise ValueError(
+            f"{named} has the weights of a LottaLoRA artifact, but its adapter_config.json says peft_type="
+            f"{model.peft_config[adapter_name].peft_type.value!r}, expected 'LOTTALORA'. They were loaded over the "
+            "wrong backbone: throw this model away, and get the files again from where they came."
+        )
+    return result
 
 
 def create_model_card(theirs: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -115,6 +138,13 @@ def save_and_push(save: Callable[..., None], model: Any, save_directory: str | o
     save(model, save_directory, **kwargs)
     if kwargs.get("is_main_process", True):
         push_folder(model, save_directory, repo_id, adapters=kwargs.get("selected_adapters"), **options)
+
+
+def from_json_file(theirs: Callable[..., Any], cls: Any, path_json_file: Any, **kwargs: Any) -> Any:
+    """`adapter_config.json`, which PEFT reads for its `peft_type` first, and leaves out what it does not know."""
+    if issubclass(cls, LottaLoraConfig) or reader.is_ours(path_json_file):
+        return reader.read_adapter_config(path_json_file)
+    return theirs(cls, path_json_file, **kwargs)
 
 
 def _get_peft_type(theirs: Callable[..., Any], cls: Any, model_id: Any, **hub: Any) -> Any:
