@@ -11,17 +11,18 @@ export LOTTALORA_DATA ?= $(abspath $(wildcard ../shared/data))
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 OLDEST_VENV = .venv-oldest
-PYTEST = -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+MARKED = not slow and not smoke
+PYTEST = -m pytest -n 2 -m "$(MARKED)" $(PYTEST_ARGS)
 
 # Small networks: more threads do not pay off, and waiting threads should sleep when the machine is busy.
-demo test test-oldest: export OMP_NUM_THREADS ?= 2
-demo test test-oldest: export OMP_WAIT_POLICY ?= passive
-demo test test-oldest sweep fuzz kills: export TOKENIZERS_PARALLELISM = false
-demo test test-oldest sweep fuzz kills: export HF_HUB_OFFLINE = 1
+demo test test-oldest smoke: export OMP_NUM_THREADS ?= 2
+demo test test-oldest smoke: export OMP_WAIT_POLICY ?= passive
+demo test test-oldest smoke sweep fuzz kills: export TOKENIZERS_PARALLELISM = false
+demo test test-oldest smoke sweep fuzz kills: export HF_HUB_OFFLINE = 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install test test-oldest lint format demo sweep fuzz kills check reproduce clean
+.PHONY: help install test test-oldest lint format demo smoke sweep fuzz kills check reproduce clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +65,10 @@ format: $(STAMP) ## let ruff rewrite the code
 demo: $(STAMP) ## train digits from a seed, save the artifact, rebuild it in a new process
 	$(PY) examples/digits_demo.py $(DEMO_ARGS)
 
+smoke: MARKED = smoke
+smoke: $(STAMP) ## every benchmark for a few steps: 5 minutes
+	$(PY) $(PYTEST)
+
 sweep: $(STAMP) ## every architecture of transformers, small, against the recorded results: 15 minutes
 	$(PY) benchmarks/architectures.py --workers 2 --output out/architectures.json --check
 
@@ -73,7 +78,7 @@ kills: $(STAMP) ## kill 210 savers at random moments and 50 at chosen ones, prin
 fuzz: $(STAMP) ## spoil and load ten thousand artifacts: 15 minutes
 	$(PY) tests/artifact/fuzz.py --cases 10000 --workers 2 --json out/fuzz.json
 
-check: lint demo test-oldest test sweep ## everything that CI runs
+check: lint demo test-oldest test smoke sweep ## everything that CI runs
 
 reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DATA
 	$(PY) benchmarks/paper/mnist.py

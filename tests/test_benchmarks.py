@@ -17,7 +17,7 @@ COMMANDS = {
     "mnist_seed_gating.py": [],
     "mnist_rank_search.py": [],
     "physionet.py": [],
-    "cifar10.py": ["--ways", "full", "r=1 DoRA by input"],
+    "cifar10.py": ["--ways", "full", "r=1 DoRA by input", "--precision", "float32"],
 }
 NOT_HERE = {"sizes.py"}  # no --quick: it trains nothing
 NOT_HERE |= {"sst2.py"}  # takes minutes even so
@@ -52,6 +52,7 @@ def test_every_benchmark_is_listed() -> None:
     assert {path.name for path in (FOLDER / "perf").glob("*.py")} == {*PERFORMANCE, "shared.py"}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_quick_run_shows_a_table_and_writes_nothing(script: str) -> None:
     before = results()
@@ -66,6 +67,7 @@ def results() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in (FOLDER / "results").rglob("*.*") if path.is_file()}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("script", PERFORMANCE)
 def test_performance_benchmarks_run(script: str, tmp_path: Path) -> None:
     before, output = results(), tmp_path / "found.json"
@@ -75,6 +77,7 @@ def test_performance_benchmarks_run(script: str, tmp_path: Path) -> None:
     assert "|---" in done.stdout and output.stat().st_size > 500 and results() == before
 
 
+@pytest.mark.smoke
 def test_the_sweep_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
     for names in (["llama", "encodec"], ["llama", "convnext", "dinat"]):

@@ -9,9 +9,9 @@ which the batch norm behind each convolution undoes, or one per input and positi
 - `r=16 zero`: the same over a scaffold of zeros, with A and B starting at random (otherwise nothing would pass).
 
 AdamW, learning rate 3e-3 for each way, weight decay 1e-2, batch 128, cosine after 5 % linear warm-up, random crops and
-flips, bfloat16 autocast. The accuracy is that of the last epoch on the 10,000 test images: nothing is chosen by it.
-The default of 5 epochs is a shortened protocol, an hour to an hour and a half for three seeds on two cores; the paper
-trains for 150 to 164.
+flips, bfloat16 autocast (`--precision float32` turns it off). The accuracy is that of the last epoch on the 10,000 test
+images: nothing is chosen by it. The default of 5 epochs is a shortened protocol, an hour to an hour and a half for
+three seeds on two cores; the paper trains for 150 to 164.
 
     python benchmarks/paper/cifar10.py --workers 2                  # the short protocol
     python benchmarks/paper/cifar10.py --full_protocol --workers 2  # 164 epochs: days on two cores
@@ -123,9 +123,9 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, autocast: torch.autocast) -> float:
     model.eval()
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with autocast:
         return float((torch.cat([model(part) for part in x.split(500)]).argmax(-1) == y).float().mean())
 
 
@@ -148,13 +148,14 @@ def run(way: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, steps, pct_start=0.05, anneal_strategy="cos", cycle_momentum=False, div_factor=1e3
     )
+    autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bfloat16")
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     for _ in tqdm(range(args.epochs), desc=f"{way}, seed {seed}", leave=False, unit="epoch", disable=args.workers > 1):
         model.train()
         for rows in torch.randperm(len(train[1]), generator=generator).split(args.batch_size):
             x = augmented(train[0][rows], generator)
-            with torch.autocast(x.device.type, torch.bfloat16):
+            with autocast:
                 loss = F.cross_entropy(model(x).float(), train[1][rows])
             optimizer.zero_grad()
             loss.backward()
@@ -163,7 +164,7 @@ def run(way: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "way": way,
         "seed": seed,
-        "test_accuracy": round(accuracy(model, *test), 6),
+        "test_accuracy": round(accuracy(model, *test, autocast), 6),
         "last_loss": round(float(loss), 6),
         "trainable_parameters": trainable,
         "betas": {} if way == "full" else model.get_betas(),
@@ -194,6 +195,7 @@ def parse_args() -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=list(DEFAULT), help=f"default: {', '.join(DEFAULT)}")
     add("--full_protocol", action="store_true", help=f"all ways for {FULL_PROTOCOL} epochs")
     add("--lr", type=float, default=3e-3, help="default: 3e-3")
+    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="autocast or not")
     add("--validate", action="store_true", help=f"score on {VALIDATION:,} training images instead; not recorded")
     args = parse_common(parser, RESULTS, 5, "cifar10-jpeg/*.parquet", "1,000 images")
     args.recorded &= not args.validate
@@ -206,7 +208,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    result = results_so_far(args, lr=args.lr)
+    result = results_so_far(args, lr=args.lr, precision=args.precision)
     run_ways(run, args, result, "test_accuracy")
     print(table(result["runs"]))
 

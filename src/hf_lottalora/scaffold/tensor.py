@@ -110,11 +110,13 @@ class ScaffoldTensor:
             return torch.allclose(tensor.cpu(), drawn, rtol=0, atol=tolerance)
         if full:
             return torch.equal(self.draw(tensor.dtype), tensor.cpu())
-        flat = tensor.detach().reshape(-1)
-        return all(
-            torch.equal(self.draw_slice(at, min(at + _RUN, self.numel), tensor.dtype), flat[at : at + _RUN].cpu())
-            for at in run_starts(self.numel)[:runs]
-        )
+        starts = run_starts(self.numel)[:runs]
+        table = _table(get_family(self.family), self.scale, tensor.dtype)
+        drawn = torch.from_numpy(self._runs(table.values, starts)).view(tensor.dtype)
+        at = torch.tensor(starts)[:, None] + torch.arange(drawn.shape[1])
+        if self.zero_row is not None:
+            drawn[at // (self.numel // self.shape[0]) == self.zero_row] = 0
+        return torch.equal(drawn, tensor.detach().reshape(-1)[at.to(tensor.device)].cpu())
 
     def digest(self) -> str:
         """BLAKE2b-128 over name, shape, table, scale and the float32 stream values of 66 runs.
@@ -125,11 +127,13 @@ class ScaffoldTensor:
         head = repr((self.name, self.shape, get_family(self.family).identity, self.zero_row)).encode()
         state = hashlib.blake2b(head, digest_size=16)
         state.update(np.float32(self.scale).astype("<f4").tobytes())
-        family, key = get_family(self.family), stream_key(self.seed, self.name)
-        table = family.table * np.float32(self.scale)
-        runs = scattered_elements(table, family.bits, key, run_starts(self.numel), min(_RUN, self.numel))
-        state.update(runs.astype("<f4").tobytes())
+        table = get_family(self.family).table * np.float32(self.scale)
+        state.update(self._runs(table, run_starts(self.numel)).astype("<f4").tobytes())
         return state.hexdigest()
+
+    def _runs(self, table: np.ndarray[Any, Any], starts: list[int]) -> np.ndarray[Any, Any]:
+        key, bits = stream_key(self.seed, self.name), get_family(self.family).bits
+        return scattered_elements(table, bits, key, starts, min(_RUN, self.numel))
 
     def table_on(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Its values by code, shape `(2**bits,)`, as a tensor there."""
