@@ -12,7 +12,7 @@ PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 OLDEST_VENV = .venv-oldest
 MARKED = not slow and not smoke
-PYTEST = -m pytest -n 2 -m "$(MARKED)" $(PYTEST_ARGS)
+PYTEST = -m pytest -n 3 --dist worksteal -m "$(MARKED)" $(PYTEST_ARGS)
 
 # Small networks: more threads do not pay off, and waiting threads should sleep when the machine is busy.
 demo test test-oldest smoke: export OMP_NUM_THREADS ?= 2

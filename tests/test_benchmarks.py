@@ -96,6 +96,7 @@ def test_the_page_of_results_is_that_of_the_files() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.smoke
 def test_help_and_missing_data() -> None:
     done = subprocess.run([sys.executable, "paper/mnist.py", "--help"], cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0 and "python benchmarks/paper/mnist.py" in done.stdout
