@@ -12,7 +12,7 @@ PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 OLDEST_VENV = .venv-oldest
 MARKED = not slow and not smoke
-PYTEST = -m pytest -n 3 --dist worksteal -m "$(MARKED)" $(PYTEST_ARGS)
+PYTEST = -m pytest -n 2 --dist worksteal -m "$(MARKED)" $(PYTEST_ARGS)
 
 # Small networks: more threads do not pay off, and waiting threads should sleep when the machine is busy.
 demo test test-oldest smoke: export OMP_NUM_THREADS ?= 2
@@ -66,7 +66,7 @@ demo: $(STAMP) ## train digits from a seed, save the artifact, rebuild it in a n
 	$(PY) examples/digits_demo.py $(DEMO_ARGS)
 
 smoke: MARKED = smoke
-smoke: $(STAMP) ## every benchmark for a few steps: 5 minutes
+smoke: $(STAMP) ## what takes long and is tested once: every benchmark for a few steps, killed savers, ...: 8 minutes
 	$(PY) $(PYTEST)
 
 sweep: $(STAMP) ## every architecture of transformers, small, against the recorded results: 15 minutes

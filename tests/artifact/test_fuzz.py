@@ -28,6 +28,7 @@ CLEAN = [
 ]
 
 
+@pytest.mark.smoke
 def test_no_case_of_the_clean_kinds_fails(tmp_path: Path) -> None:
     """In a process of its own: it forks, for which it must have one thread."""
     out = tmp_path / "fuzz.json"

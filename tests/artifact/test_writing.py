@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def another() -> PeftModel:
     return model
 
 
+def killed(test: Callable[..., None]) -> Callable[..., None]:
+    """Forks processes and kills them, by `kills.py`."""
+    return pytest.mark.smoke(pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")(test))
+
+
 @pytest.fixture(scope="module")
 def counts() -> dict[str, Any]:
     command = [
@@ -62,18 +68,18 @@ def counts() -> dict[str, Any]:
     return {"errors": done.stderr, **json.loads(done.stdout)}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+@killed
 def test_a_kill_before_any_call_leaves_old_or_new(counts: dict[str, Any]) -> None:
     for case, found in counts["points"].items():
         assert found["lost"] == 0 and found["old"] >= 15 and found["new"] >= 3, (case, found, counts["errors"])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+@killed
 def test_a_kill_at_a_random_moment_leaves_old_or_new(counts: dict[str, Any]) -> None:
     assert not any(found["lost"] for found in counts["random"].values()), counts
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+@killed
 def test_two_processes_that_save_and_one_that_loads(counts: dict[str, Any]) -> None:
     found = counts["together"]
     assert found["lost"] == 0 and found["old"] + found["new"] >= 2, counts

@@ -152,6 +152,7 @@ def test_printed_commands(
     assert config["r"] == 8 and config["seed"] == 42
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("tool", "processes"), [("torchrun", 2), ("accelerate", max(1, torch.cuda.device_count()))])
 def test_printed_commands_of_several_processes(
     tool: str, processes: int, as_printed: Any, common: list[str], tmp_path: Path

@@ -9,6 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import pytest
 import shrink
 from transformers import PreTrainedConfig
 
@@ -38,6 +39,7 @@ def edits(content: dict[str, Any], path: list[str]) -> Iterator[dict[str, Any]]:
         yield edited
 
 
+@pytest.mark.smoke
 def test_a_file_is_what_was_described_and_no_other(tmp_path: Path) -> None:
     """Also with infinite values, parts without a model type, and dots in keys."""
     wrong: dict[str, Any] = {}

@@ -187,6 +187,7 @@ print("compiled")
 """
 
 
+@pytest.mark.smoke
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """Down to machine code, which needs no GPU: what the interpreter takes, the compiler might not."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
