@@ -20,6 +20,9 @@ demo test test-oldest smoke: export OMP_WAIT_POLICY ?= passive
 demo test test-oldest smoke sweep fuzz kills: export TOKENIZERS_PARALLELISM = false
 demo test test-oldest smoke sweep fuzz kills: export HF_HUB_OFFLINE = 1
 
+# Tests and the sweep start many processes, which should not compile everything anew.
+export PYTHONDONTWRITEBYTECODE =
+
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help install test test-oldest lint format demo smoke sweep fuzz kills check reproduce clean
