@@ -69,7 +69,7 @@ demo: $(STAMP) ## train digits from a seed, save the artifact, rebuild it in a n
 	$(PY) examples/digits_demo.py $(DEMO_ARGS)
 
 smoke: MARKED = smoke
-smoke: $(STAMP) ## what takes long and is tested once: every benchmark for a few steps, killed savers, ...: 8 minutes
+smoke: $(STAMP) ## what takes long and is tested once: every benchmark for a few steps, killed savers, ...: 6 minutes
 	$(PY) $(PYTEST)
 
 sweep: $(STAMP) ## every architecture of transformers, small, against the recorded results: 15 minutes
