@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..plan.canonical import first_change, first_contradiction, first_edit, read_back
+from .config_json import build
 from .hollow import hollow
 from .reader import read_json
 
@@ -32,7 +33,7 @@ def check_architecture(content: Mapping[str, Any], file: str | None, model: nn.M
     values = described["values"] if described else read_json(str(file))
     difference: Any = ("model_type", values.get("model_type"), architecture.model_type)
     if values.get("model_type") == architecture.model_type:
-        saved: Any = None if file is None else type(architecture).from_pretrained(file)
+        saved: Any = None if file is None else build(file, lambda: type(architecture).from_pretrained(file))
 
         def compare(config: Any) -> Any:
             return first_contradiction(described, config) if described else first_change(saved, config)

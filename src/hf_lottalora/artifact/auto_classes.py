@@ -14,7 +14,7 @@ from ..config import LottaLoraConfig
 from .auto import AutoLottaLora
 from .base import base_of
 from .config_json import load_architecture
-from .files import HUB_OPTIONS
+from .files import HUB_OPTIONS, check_any_present
 from .hub import pinned
 from .loaders import LOADERS, loader_of
 
@@ -36,6 +36,7 @@ def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> Any:
         ValueError: a file of the artifact is missing or damaged, or its base model should not be fetched unasked.
     """
     wanted = {key: hub[key] for key in ("subfolder", *HUB_OPTIONS) if hub.get(key) is not None}
+    check_any_present(path, wanted.get("subfolder"))
     wanted |= pinned(path, **wanted)
     config = PeftConfig.from_pretrained(path, **wanted)
     if config.peft_type != "LOTTALORA":

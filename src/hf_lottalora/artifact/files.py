@@ -57,6 +57,12 @@ def check_present(path: str | os.PathLike[str], subfolder: str | None = None) ->
         )
 
 
+def check_any_present(path: str | os.PathLike[str], subfolder: str | None = None) -> None:
+    """The same, for a folder of any method: whose `adapter_config.json` may be a link to anywhere."""
+    if not Path(path, subfolder or "", CONFIG_NAME).is_file():
+        check_present(path, subfolder)
+
+
 def read_weights(
     path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
 ) -> tuple[str, dict[str, tuple[int, ...]], dict[str, Any]]:

@@ -23,7 +23,7 @@ from ..plan.plan import MANIFEST_KEY
 from . import reader
 from .card import card_text, hub_base, write_card
 from .card_parts import split
-from .files import read_weights
+from .files import check_any_present, read_weights
 from .hub import HUB_OPTIONS, local_copy, reason
 from .loaders import pipeline_tag
 from .publish import push_folder, push_model
@@ -142,13 +142,15 @@ def save_and_push(save: Callable[..., None], model: Any, save_directory: str | o
 
 def from_json_file(theirs: Callable[..., Any], cls: Any, path_json_file: Any, **kwargs: Any) -> Any:
     """`adapter_config.json`, which PEFT reads for its `peft_type` first, and leaves out what it does not know."""
-    if issubclass(cls, LottaLoraConfig) or reader.is_ours(path_json_file):
+    too_large = os.path.getsize(path_json_file) > reader.MAX_BYTES  # is refused, whoever wrote it
+    if too_large or issubclass(cls, LottaLoraConfig) or reader.is_ours(path_json_file):
         return reader.read_adapter_config(path_json_file)
     return theirs(cls, path_json_file, **kwargs)
 
 
 def _get_peft_type(theirs: Callable[..., Any], cls: Any, model_id: Any, **hub: Any) -> Any:
     """As PEFT's, for every method, with the reason in its error."""
+    check_any_present(model_id, hub.get("subfolder"))
     try:
         return theirs(cls, model_id, **hub)
     except ValueError as error:
