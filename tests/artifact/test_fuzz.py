@@ -1,4 +1,4 @@
-"""`fuzz.py` sees what is bad, and finds nothing of it among the kinds of damage that are clean."""
+"""`fuzz.py` sees what is bad, and finds nothing of it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,17 @@ import pytest
 from fuzz_artifacts import Made, make
 from fuzz_mutations import MUTATIONS, Place
 
-# To be widened, until it is `MUTATIONS`.
-CLEAN = [
-    "weights: renamed, missing or added",
-    "manifest: added key",
-    "file: a link to a copy elsewhere",
-    "file: unreadable",
-]
-
 
 @pytest.mark.smoke
-def test_no_case_of_the_clean_kinds_fails(tmp_path: Path) -> None:
+def test_no_case_fails(tmp_path: Path) -> None:
     """In a process of its own: it forks, for which it must have one thread."""
     out = tmp_path / "fuzz.json"
-    few = ["--cases", "48", "--sort", "llama", "bert", "plain", "--kind", *CLEAN]
+    few = ["--cases", "150"]
     command = [sys.executable, fuzz.__file__, "--workers", "2", "--json", str(out), *few]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     cases = json.loads(out.read_text())["cases"]
-    assert len(cases) == 48 and {one["kind"] for one in cases} == set(CLEAN)
+    assert len(cases) == 150 and len({one["kind"] for one in cases}) > 30
     assert {one["verdict"] for one in cases} == {"same", "refused"}
 
 
@@ -132,7 +124,7 @@ def test_children_are_limited_and_their_ends_told_apart() -> None:
 
 
 def test_a_case_is_the_same_with_and_without_the_others() -> None:
-    kind = CLEAN[0]
+    kind = "weights: renamed, missing or added"
     some = [case for _, case in zip(range(3), fuzz.cases(5, [kind]), strict=False)]
     every = {case.number: case for _, case in zip(range(1000), fuzz.cases(5, MUTATIONS), strict=False)}
     assert all(every[case.number] == case and case.kind == kind for case in some)

@@ -44,6 +44,11 @@ def check_config_json(file: str | os.PathLike[str], tensors: int) -> None:
         ArtifactError: it is no JSON object, or a value would run, fetch or allocate without end.
     """
     for where, key, value in _walk(read_json(file)):
+        if isinstance(value, (int, float)) and "dropout" in key and not 0 <= value <= 1:
+            raise ArtifactError(
+                f"{file}: {where}: expected a probability from 0 to 1, found {value}. Get the file again from where it "
+                "came."
+            )
         if isinstance(value, int) and not isinstance(value, bool) and not _FREE.search(key):
             most = max(_MAX_LAYERS, tensors) if _LAYERS.search(key) else _MAX_LABELS if key == "num_labels" else _MAX
             if abs(value) > most:
