@@ -20,9 +20,6 @@ demo test test-oldest smoke: export OMP_WAIT_POLICY ?= passive
 demo test test-oldest smoke sweep fuzz kills: export TOKENIZERS_PARALLELISM = false
 demo test test-oldest smoke sweep fuzz kills: export HF_HUB_OFFLINE = 1
 
-# Tests and the sweep start many processes, which should not compile everything anew.
-export PYTHONDONTWRITEBYTECODE =
-
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help install test test-oldest lint format demo smoke sweep fuzz kills check reproduce clean
@@ -53,6 +50,7 @@ test: $(STAMP) ## run the tests, for example: make test PYTEST_ARGS="-k beta -x"
 	$(PY) $(PYTEST)
 
 # Warnings are no errors here: libraries of different years warn about each other. TRL needs newer ones.
+test-oldest: MARKED = not slow
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported versions
 	$(OLDEST_VENV)/bin/python $(PYTEST) -W default --ignore tests/tuner/test_trl.py
 
@@ -69,7 +67,7 @@ demo: $(STAMP) ## train digits from a seed, save the artifact, rebuild it in a n
 	$(PY) examples/digits_demo.py $(DEMO_ARGS)
 
 smoke: MARKED = smoke
-smoke: $(STAMP) ## what takes long and is tested once: every benchmark for a few steps, killed savers, ...: 6 minutes
+smoke: $(STAMP) ## tests that take long: every benchmark for a few steps, killed savers, ...: 6 minutes
 	$(PY) $(PYTEST)
 
 sweep: $(STAMP) ## every architecture of transformers, small, against the recorded results: 15 minutes

@@ -205,10 +205,10 @@ def test_a_classifier_with_pefts_task_type(tmp_path: Path, task_type: str | None
 
 FRESH = """
 import sys, torch
+before = torch.get_rng_state()
 from hf_lottalora import AutoLottaLoraModelForCausalLM
 for threads in (1, 2):
     torch.set_num_threads(threads)
-    before = torch.get_rng_state()
     model = AutoLottaLoraModelForCausalLM.from_pretrained(sys.argv[1])
     assert torch.equal(before, torch.get_rng_state())
     torch.set_num_threads(1)

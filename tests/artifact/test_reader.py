@@ -196,7 +196,7 @@ def test_weights_are_checked_on_trainers_way_too(saved: tuple[PeftModel, Path], 
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "nothing"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "nothing", "large"])
 def test_a_config_that_is_no_file(saved: tuple[PeftModel, Path], kind: str) -> None:
     file = saved[1] / CONFIG
     file.rename(saved[1].parent / "elsewhere")
@@ -206,11 +206,15 @@ def test_a_config_that_is_no_file(saved: tuple[PeftModel, Path], kind: str) -> N
         os.mkfifo(file)
     elif kind == "link":
         file.symlink_to(saved[1].parent / "elsewhere")
+    elif kind == "large":
+        file.touch()
+        os.truncate(file, 2**36)
     said = {
         "folder": "found a folder",
         "pipe": "found a named pipe",
         "link": "a symbolic link",
         "nothing": "Can't find",
+        "large": "expected at most 64 MiB, found more",
     }
     for way in WAYS:
         with pytest.raises(ArtifactError, match=said[kind]):

@@ -52,6 +52,7 @@ def as_of_0_1(folder: Path) -> Path:
         ({"hidden_size": 2**26}, "config.json: expected what transformers .* can build, found|shape"),
         ({"hidden_act": "no such"}, "config.json: expected what transformers .* can build, found KeyError"),
         ({"rope_parameters": {"rope_type": "no such"}}, "config.json: expected what transformers"),
+        ({"attention_dropout": 1e30}, "attention_dropout: expected a probability from 0 to 1, found 1e[+]30"),
         ({"dtype": "no such"}, "config.json: expected what transformers"),
         ({"architectures": "LlamaForCausalLM"}, "architectures: expected a list of one class name"),
         ({"architectures": [None]}, "architectures: expected a list of one class name"),

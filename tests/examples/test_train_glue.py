@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import train_glue
 from accelerate.commands.launch import launch_command_parser
 from commands import printed
 from data_dir import data_dir
@@ -26,8 +27,6 @@ import hf_lottalora
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "examples" / "train_glue.py")
-import train_glue  # noqa: E402
-
 BIN = Path(sys.executable).parent
 Train = Callable[..., dict[str, Any]]
 

@@ -299,7 +299,7 @@ def test_reports_and_refusals(mode: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own looking
 def test_compiling_with_graph_breaks_changes_nothing(mode: str) -> None:
-    model = get_peft_model(llama(num_hidden_layers=1), config(embeddings="frozen", residency=mode))
+    model = get_peft_model(llama(), config(embeddings="frozen", residency=mode))
     found = []
     torch._dynamo.reset()
     for run in (model, torch.compile(model, backend="eager")):
