@@ -31,7 +31,7 @@ def built_with(name: str, derive: Callable[[Any], None]) -> type[LlamaConfig]:
 
 def derive(self: Any) -> None:
     """As Moshi and PaliGemma derive values; and an infinity, as Nemotron-H has."""
-    self.limits = [0.0, math.inf]
+    self.limits = [math.inf, 0.0]
     self.layer_widths = tuple(range(self.num_hidden_layers))
 
 
@@ -69,12 +69,35 @@ def test_another_value_is_refused_whether_in_the_file_or_in_the_base(tmp_path: P
         PeftModel.from_pretrained(model_of(DerivedConfig), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention_dropout", 0.25), ("problem_type", "regression"), ("limits", [{"__float__": "-Infinity"}, 0.0])],
+)
+def test_what_counts_in_training_only_is_the_files_all_the_same(tmp_path: Path, key: str, value: Any) -> None:
+    get_peft_model(model_of(DerivedConfig), config()).save_pretrained(tmp_path)
+    if key != "limits":  # a base model may have another
+        PeftModel.from_pretrained(model_of(DerivedConfig, **{key: value}), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"config.json: {key}: expected .*, found "):
+        PeftModel.from_pretrained(model_of(DerivedConfig), tmp_path)
+
+
 def test_what_cannot_come_back_is_said_before_training(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"cannot hold built=1 of this ForgetfulConfig: it comes back as \d"):
         model = get_peft_model(model_of(ForgetfulConfig), config())
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(model_of(ForgetfulConfig), tmp_path)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_configuration_that_is_changed_later_is_said_when_it_is_saved(tmp_path: Path) -> None:
+    model = get_peft_model(model_of(LlamaConfig), config())
+    model.config.pad_token_id = 3
+    model.save_pretrained(tmp_path)  # warnings are errors
+    model.config.rms_norm_eps = 0.5
+    with pytest.warns(UserWarning, match="config.rms_norm_eps was changed from 1e-06 to 0.5 since get_peft_model"):
+        model.save_pretrained(tmp_path)
 
 
 def test_an_ordinary_configuration_says_nothing(tmp_path: Path) -> None:

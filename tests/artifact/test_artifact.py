@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -187,6 +188,20 @@ def test_save_kept_makes_it_self_contained(tmp_path: Path, redraw: str) -> None:
     assert not any("self_attn" in name and name.endswith("proj.weight") for name in load_file(tmp_path / WEIGHTS)) == (
         redraw == "targets"
     )
+
+
+def test_every_byte_of_a_pretrained_base_is_compared_when_asked(tmp_path: Path) -> None:
+    base = llama(hidden_size=96)
+    get_peft_model(copy.deepcopy(base), config(redraw="none")).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).verify_scaffold(full=True)
+    with torch.no_grad():
+        base.model.layers[1].self_attn.q_proj.weight.view(-1)[100] += 1  # between the runs that are looked at
+    again = PeftModel.from_pretrained(base, tmp_path)
+    again.verify_scaffold()
+    with pytest.raises(ValueError, match=r"'layers.1.self_attn.q_proj.weight' is not, to the byte, what the a"):
+        again.verify_scaffold(full=True)
+    again.save_pretrained(tmp_path)  # says what this one was made over
+    PeftModel.from_pretrained(copy.deepcopy(again.unload()), tmp_path).verify_scaffold(full=True)
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])

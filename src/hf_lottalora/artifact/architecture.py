@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..plan.canonical import first_change, first_contradiction, first_edit, read_back
+from ..plan.canonical import first_change, first_contradiction, first_edit, plain, read_back
 from .config_json import build
 from .hollow import hollow
 from .reader import read_json
@@ -48,6 +49,25 @@ def check_architecture(content: Mapping[str, Any], file: str | None, model: nn.M
         raise ValueError(
             f"The artifact was made over another architecture: its config.json says {key}={theirs!r}, this model has "
             f"{ours!r}. Nothing was loaded. Build the base model from that config.json."
+        )
+
+
+def warn_of_changes(built_with: Mapping[str, Any], architecture: PreTrainedConfig) -> None:
+    """Say which key of a model's configuration was changed since the model was planned.
+
+    But for tokens, which tokenizers bring: what they would change in a table is recorded apart from them.
+    """
+    now = plain(architecture)
+    keys = (key for key in built_with.keys() & now.keys() if not key.endswith("token_id"))
+    changed = sorted(key for key in keys if built_with[key] != now[key])
+    if changed:
+        key = changed[0]
+        warnings.warn(
+            f"config.{key} was changed from {built_with[key]!r} to {now[key]!r} since get_peft_model. The artifact "
+            f"says {now[key]!r}: what loads it builds a model with that, and this one was built without. Change a "
+            "configuration before the model is built.",
+            UserWarning,
+            stacklevel=2,
         )
 
 

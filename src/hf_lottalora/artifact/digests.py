@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 _PIECE = 1 << 22  # bytes
+_AT_ONCE = 64  # pieces: what is not in memory yet is read or copied as the hashing goes on
 _SHOWN = 8  # hexadecimal digits of each tensor's own digest that are kept, to name the one that differs
 
 
@@ -27,12 +28,29 @@ def tensor_digests(keys: Iterable[str], tensor_of: Callable[[str], torch.Tensor]
         head = f"{key} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n"
         return head, [pool.submit(hashlib.sha256, data[at : at + _PIECE]) for at in range(0, len(data), _PIECE)]
 
+    def finish(key: str) -> None:
+        head, parts = waiting.pop(key)
+        digest = hashlib.sha256(head.encode() + b"".join(piece.result().digest() for piece in parts))
+        digests[key] = digest.hexdigest()
+
+    waiting: dict[str, tuple[str, list[Any]]] = {}
+    digests: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        waiting = {key: pieces(key) for key in sorted(keys)}
-        return {
-            key: hashlib.sha256(head.encode() + b"".join(piece.result().digest() for piece in parts)).hexdigest()
-            for key, (head, parts) in waiting.items()
-        }
+        for key in sorted(keys):
+            waiting[key] = pieces(key)
+            while sum(len(parts) for _, parts in waiting.values()) > _AT_ONCE:
+                finish(next(iter(waiting)))
+        for key in list(waiting):
+            finish(key)
+    return digests
+
+
+def digests_one_by_one(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """The same for tensors that are in memory one at a time, while the next one is asked for."""
+    digests: dict[str, str] = {}
+    for key, tensor in tensors:
+        digests |= tensor_digests([key], {key: tensor}.__getitem__)
+    return digests
 
 
 def summed_up(digests: Mapping[str, str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from ..config import LottaLoraConfig
 from ..plan.plan import Plan
-from .architecture import check_config_file
+from .architecture import check_config_file, warn_of_changes
 from .card import write_card
 from .config_json import check_config_json
 from .current import current as current
@@ -134,6 +134,7 @@ def complete_artifact(plan: Plan, save_directory: str | os.PathLike[str], dtype:
     folder = Path(save_directory)
     architecture = plan.survey.architecture
     if architecture is not None:
+        warn_of_changes(plan.survey.built_with, architecture)
         architecture = copy.deepcopy(architecture)
         architecture.architectures = [plan.survey.class_name]
         architecture.dtype = dtype

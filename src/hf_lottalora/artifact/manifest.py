@@ -23,11 +23,11 @@ from ..plan.plan import MANIFEST_KEY, Plan
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import combined_digest, first_difference
 from .architecture import check_architecture
-from .digests import differing, number_of, summed_up, tensor_digests
+from .digests import differing, digests_one_by_one, number_of, summed_up, tensor_digests
 from .reader import ArtifactError, parse
 
 _FIELDS_OF_0_1 = {"format_version", "generator", "seed", "digest", "scaffold", "kept", "scaling", "residual", "rows"}
-_FIELDS = _FIELDS_OF_0_1 | {"trained", "class", "architecture", "options", "tensors", "artifact"}
+_FIELDS = _FIELDS_OF_0_1 | {"trained", "class", "architecture", "options", "tensors", "kept_bytes", "artifact"}
 
 _for_a_file = ContextVar("for_a_file", default=False)
 
@@ -42,9 +42,25 @@ def for_a_file() -> Iterator[None]:
         _for_a_file.reset(token)
 
 
-def manifest_of(plan: Plan, config: LottaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The manifest of an adapter file with these tensors, by the keys that they have there."""
-    digests = summed_up(tensor_digests(tensors, tensors.__getitem__)) if _for_a_file.get() else None
+def manifest_of(
+    plan: Plan,
+    config: LottaLoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    kept: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+) -> torch.Tensor:
+    """The manifest of an adapter file with these tensors, by the keys that they have there.
+
+    Args:
+        plan: of the adapter.
+        config: of the adapter.
+        tensors: what is saved.
+        kept: gives what is neither drawn nor saved, by canonical name; asked once, for the first file.
+    """
+    digests = None
+    if _for_a_file.get():
+        digests = summed_up(tensor_digests(tensors, tensors.__getitem__))
+        if plan.kept_digests and not plan.kept_bytes:
+            plan.kept_bytes.update(summed_up(digests_one_by_one(kept())))
     return plan.manifest(config.as_saved().decisive_options(), config._saved_dtype, digests)
 
 
@@ -145,6 +161,20 @@ def check_tensors(
     if (key := differing(recorded, found)) is not None:
         raise ArtifactError(
             f"{where}: {key!r} is not the tensor that was saved: its bytes, dtype, shape or name differ. {advice}"
+        )
+
+
+def check_kept(content: Mapping[str, Any], kept: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Compare every byte of what an artifact neither draws nor contains with what it was made over.
+
+    Raises:
+        ValueError: a tensor differs; the message names the first.
+    """
+    recorded = content.get("kept_bytes")
+    if recorded is not None and (name := differing(recorded, digests_one_by_one(kept))) is not None:
+        raise ValueError(
+            f"{name!r} is not, to the byte, what the artifact was made over. Expected the same base model in the dtype "
+            "that it had when the artifact was saved; load that one."
         )
 
 

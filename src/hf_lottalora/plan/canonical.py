@@ -16,12 +16,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Parts of configuration keys that do not change what a model computes in evaluation.
+# Parts of configuration keys that do not change what a model computes.
 _NEUTRAL = (
     "architectures", "attn_implementation", "bos_token_id", "cache", "checkpointing", "decoder_start_token_id",
-    "dropout", "dtype", "forced_", "id2label", "label2id", "output_attentions", "output_hidden_states",
-    "output_router", "problem_type", "return_dict", "transformers_version", "vocab",
+    "dtype", "forced_", "id2label", "label2id", "output_attentions", "output_hidden_states", "return_dict",
+    "transformers_version", "vocab",
 )  # fmt: skip
+# Of those that change it in training only: a base model may have others, the artifact's own file may not.
+_TRAINING = ("dropout", "output_router", "problem_type")
 
 
 def read_back(architecture: Any) -> Any:
@@ -45,12 +47,12 @@ def describe(architecture: Any) -> dict[str, Any]:
     """What the manifest of an artifact says of a configuration.
 
     Returns:
-        values: what decides, by key, parts (text, vision) as dictionaries.
+        values: what decides, in training too, by key, parts (text, vision) as dictionaries.
         chosen: paths, lists of keys, of those that are not the class's default: a release that lacks them builds
             another model.
     """
-    values = plain(architecture)
-    defaults = _defaults(architecture)
+    values = decisive(architecture.to_dict(), training=True)
+    defaults = _defaults(architecture, training=True)
     chosen = [list(path) for path, _ in _leaves(values) if not _holds(defaults, path, values)]
     return {"values": values, "chosen": chosen}
 
@@ -58,13 +60,14 @@ def describe(architecture: Any) -> dict[str, Any]:
 def first_contradiction(described: Mapping[str, Any], architecture: Any) -> tuple[str, Any, Any] | None:
     """The first key in which a configuration is not the one that was described, None where it builds the same.
 
-    What only one of the two releases of transformers knows must have its class's default on the other side.
+    Keys that count in training only are passed over. What only one of the two releases of transformers knows must have
+    its class's default on the other side.
     """
-    recorded, live = described["values"], plain(architecture)
+    recorded, live = decisive(described["values"]), plain(architecture)
     for difference in _differences(recorded, live):
         return difference
     for path in described["chosen"]:
-        if not _has(live, path):
+        if _has(recorded, path) and not _has(live, path):
             return ".".join(path), _at(recorded, path), UNKNOWN
     defaults = _defaults(architecture)
     for path, value in _leaves(live):
@@ -78,7 +81,7 @@ def first_edit(described: Mapping[str, Any], content: Mapping[str, Any]) -> tupl
 
     What is its class's default, need not stand in it.
     """
-    recorded, said = described["values"], decisive(content)
+    recorded, said = described["values"], decisive(content, training=True)
     for path, value in _leaves(said):
         if not _holds(recorded, path, said):
             return ".".join(path), _at(recorded, path) if _has(recorded, path) else UNKNOWN, value
@@ -96,19 +99,20 @@ def plain(architecture: Any) -> dict[str, Any]:
     return decisive(architecture.to_dict())
 
 
-def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the content of a configuration, without the neutral keys, as JSON has it."""
+def decisive(content: Mapping[str, Any], training: bool = False) -> dict[str, Any]:
+    """Of the content of a configuration what decides in evaluation, or also in training, as JSON has it."""
     # Through text, so that tuples and lists, numbers and strings as keys, and NaN and NaN are the same. Numbers that
     # JSON lacks as transformers writes them into files.
     text = json.dumps(content, default=str)
-    return _decisive(json.loads(text, parse_constant=lambda name: {"__float__": name}))
+    neutral = _NEUTRAL if training else _NEUTRAL + _TRAINING
+    return _without(neutral, json.loads(text, parse_constant=lambda name: {"__float__": name}))
 
 
-def _decisive(content: Mapping[str, Any]) -> dict[str, Any]:
+def _without(neutral: Sequence[str], content: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _decisive(value) if isinstance(value, dict) else value
+        key: _without(neutral, value) if isinstance(value, dict) else value
         for key, value in sorted(content.items())
-        if not key.startswith("_") and not any(part in key for part in _NEUTRAL)
+        if not (key.startswith("_") and key != "__float__") and not any(part in key for part in neutral)
     }
 
 
@@ -147,14 +151,14 @@ def _holds(defaults: Mapping[str, Any], path: Sequence[str], content: Mapping[st
     return _has(defaults, path) and _at(defaults, path) == _at(content, path)
 
 
-def _defaults(architecture: Any) -> dict[str, Any]:
+def _defaults(architecture: Any, training: bool = False) -> dict[str, Any]:
     """What the class of a configuration, and those of its parts, have where nothing is said."""
     try:
-        found = plain(type(architecture)())
+        found = decisive(type(architecture)().to_dict(), training)
     except Exception:  # some have none without their parts
         found = {"model_type": architecture.model_type}
     parts = {key: part for key, part in vars(architecture).items() if isinstance(part, PreTrainedConfig)}
-    return found | {key: _defaults(part) for key, part in parts.items()}
+    return found | {key: _defaults(part, training) for key, part in parts.items()}
 
 
 def canonical_json(content: Any) -> bytes:

@@ -151,6 +151,8 @@ class Plan(Reported):
         left_out: what the rule would have taken, and why it has not.
         options: the config's decisive ones, when it was planned.
         digests: filled once, by `scaffold_digests`.
+        kept_digests: of runs of each tensor that is neither drawn nor saved, by canonical name.
+        kept_bytes: of every byte of theirs, summed up; filled when an artifact is first written.
     """
 
     survey: Survey
@@ -163,6 +165,7 @@ class Plan(Reported):
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
+    kept_bytes: dict[str, str] = field(default_factory=dict, repr=False)
 
     def with_role(self, role: Role) -> Iterator[PlannedTensor]:
         """The tensors that have this role."""
@@ -260,6 +263,8 @@ class Plan(Reported):
             "options": options,
             "tensors": tensors,
         }
+        if tensors and self.kept_bytes:
+            content["kept_bytes"] = self.kept_bytes
         if self.trained_rows():
             content["rows"] = self.trained_rows()
         content["artifact"] = digest_of(content)

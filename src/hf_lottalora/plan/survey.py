@@ -6,7 +6,7 @@ The plan is made from a survey and a config alone, so that everything can be val
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..paths import clean_modules, owner_of
 from ..residency.foreign import OFFLOADED, foreign_tensors
 from .bases import check_unwrapped
+from .canonical import plain
 from .heads import base_prefix, embedding_module
 from .heads import inner_heads as find_inner_heads
 from .initialization import InitialValue, architecture_init
@@ -84,6 +85,7 @@ class Survey:
 
     Attributes:
         architecture: the model's transformers config, None for a plain `nn.Module`.
+        built_with: what of it decides what is computed, as it is now; the config may be changed later.
         initializer_range: standard deviation of the architecture's own random init, None for a plain `nn.Module`.
         pretrained_from: where its weights were loaded from, None if nowhere.
         input_embeddings, output_embeddings: module paths, where the architecture names them.
@@ -99,6 +101,7 @@ class Survey:
     pretrained_from: str | None
     input_embeddings: str | None
     output_embeddings: str | None
+    built_with: dict[str, Any] = field(default_factory=dict, repr=False)
     unread_classes: tuple[str, ...] = ()
     inner_heads: tuple[str, ...] = ()
 
@@ -193,11 +196,13 @@ def survey_model(model: nn.Module) -> Survey:
             )
         )
     _check_distinct(tensors)
+    architecture = model.config if isinstance(model, PreTrainedModel) else None
     return Survey(
         tensors=tuple(tensors),
         modules=tuple(surveyed_modules(model, in_head)),
         class_name=type(model).__name__,
-        architecture=getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None,
+        architecture=architecture,
+        built_with=plain(architecture) if architecture is not None else {},
         initializer_range=_initializer_range(model.config) if isinstance(model, PreTrainedModel) else None,
         pretrained_from=_pretrained_from(model),
         input_embeddings=names.get(id(input_embeddings)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -177,12 +177,14 @@ class BaseTensors:
 
     def kept_digests(self, plan: Plan) -> dict[str, str]:
         """Digest by name of each kept tensor that the artifact does not contain."""
-        unsaved = [tensor for tensor in plan.with_role("kept") if not tensor.saved]
-        digests = {}
-        for tensor in unsaved:
-            with in_memory(owner_of(self.model, tensor.path)[0]):
-                digests[tensor.name] = sampled_digest(values_of(self.value(tensor.path)))
-        return digests
+        return {name: sampled_digest(value) for name, value in self.kept(plan)}
+
+    def kept(self, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of each kept tensor that the artifact does not contain, in memory one at a time."""
+        for tensor in plan.with_role("kept"):
+            if not tensor.saved:
+                with in_memory(owner_of(self.model, tensor.path)[0]):
+                    yield tensor.name, values_of(self.value(tensor.path))
 
     def verify_unsaved(self, plan: Plan) -> None:
         """Before saving: what is not saved must be what the seed draws. A merged layer's weight is drawn again."""

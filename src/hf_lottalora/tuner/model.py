@@ -13,7 +13,7 @@ from peft.utils import TaskType
 from torch import nn
 
 from ..artifact.architecture import check_architecture
-from ..artifact.manifest import check_content, check_scaffold
+from ..artifact.manifest import check_content, check_kept, check_scaffold
 from ..config import LottaLoraConfig
 from ..layers.adapter_tensor import DECAYED, UNDECAYED
 from ..layers.attention import unfuse
@@ -236,7 +236,8 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
 
         Args:
             full: every weight; otherwise 66 runs of 64 weights of each tensor. Families that need a whole matrix
-                (orthogonal, spectral_radius) are always compared whole, to rounding.
+                (orthogonal, spectral_radius) are always compared whole, to rounding. Of an artifact over a pretrained
+                base also every byte that was kept of that, which loading compares by such runs, in bfloat16.
 
         Raises:
             ValueError: a weight differs; the first such tensor is named. Also where adapters are merged into it, and
@@ -247,6 +248,9 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
             for path, spec in scaffold.items():
                 self.base.verify(path, spec, full)
                 done(spec.numel)
+        name = self._known(None)
+        if full:
+            check_kept(self.peft_config[name]._artifact_manifest or {}, self.base.kept(self.plans[name]))
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -100,7 +100,7 @@ class Saving:
         named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in selected.items()}
         shapes = {key: tuple(value.shape) for key, value in named.items()}
         check_shapes(plan, shapes, "The model", "Change a model (its vocabulary, say) before get_peft_model.")
-        return _Complete({MANIFEST_KEY: manifest_of(plan, config, named), **selected})
+        return _Complete({MANIFEST_KEY: manifest_of(plan, config, named, lambda: tuner.base.kept(plan)), **selected})
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
