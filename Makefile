@@ -17,12 +17,12 @@ PYTEST = -m pytest -n 2 --dist worksteal -m "$(MARKED)" $(PYTEST_ARGS)
 # Small networks: more threads do not pay off, and waiting threads should sleep when the machine is busy.
 demo test test-oldest smoke: export OMP_NUM_THREADS ?= 2
 demo test test-oldest smoke: export OMP_WAIT_POLICY ?= passive
-demo test test-oldest smoke sweep fuzz kills: export TOKENIZERS_PARALLELISM = false
-demo test test-oldest smoke sweep fuzz kills: export HF_HUB_OFFLINE = 1
+demo test test-oldest smoke sweep versions fuzz kills: export TOKENIZERS_PARALLELISM = false
+demo test test-oldest smoke sweep versions fuzz kills: export HF_HUB_OFFLINE = 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install test test-oldest lint format demo smoke sweep fuzz kills check reproduce clean
+.PHONY: help install test test-oldest lint format demo smoke sweep versions fuzz kills check reproduce clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -76,10 +76,17 @@ sweep: $(STAMP) ## every architecture of transformers, small, against the record
 kills: $(STAMP) ## kill 210 savers at random moments and 50 at chosen ones, print what is left: minutes
 	$(PY) tests/artifact/kills.py --points --random 70 --together 5
 
+versions: $(STAMP) $(OLDEST_VENV)/.installed ## artifacts of the oldest versions with the newest, and back: 3 minutes
+	rm -rf out/versions
+	$(OLDEST_VENV)/bin/python tests/artifact/versions.py write out/versions/oldest
+	$(PY) tests/artifact/versions.py read out/versions/oldest
+	$(PY) tests/artifact/versions.py write out/versions/newest
+	$(OLDEST_VENV)/bin/python tests/artifact/versions.py read out/versions/newest
+
 fuzz: $(STAMP) ## spoil and load ten thousand artifacts: 15 minutes
 	$(PY) tests/artifact/fuzz.py --cases 10000 --workers 2 --json out/fuzz.json
 
-check: lint demo test-oldest test smoke sweep ## everything that CI runs
+check: lint demo test-oldest versions test smoke sweep ## everything that CI runs
 
 reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DATA
 	$(PY) benchmarks/paper/mnist.py
