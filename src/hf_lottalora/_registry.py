@@ -73,9 +73,9 @@ def _load_without_a_base() -> None:
 
         path = pretrained_model_name_or_path
         kwargs |= zip(("is_trainable", "config", "revision", "import_allowlist"), args, strict=False)
-        loader = loader_for(cls._target_class, path, **kwargs)
+        loader, defaults = loader_for(cls._target_class, path, **kwargs)
         if loader is None:
-            return load(cls, path, adapter_name, **kwargs)
+            return load(cls, path, adapter_name, **{**defaults, **kwargs})
         kwargs.pop("import_allowlist", None)  # nothing is imported by name
         options = {key: value for key, value in kwargs.items() if value is not None}
         return loader.from_pretrained(path, adapter_name=adapter_name, **options)

@@ -20,12 +20,13 @@ from peft import (
     PeftModelForCausalLM,
     get_peft_model,
 )
+from safetensors.torch import load_file
 from tiny import bert, config, llama, logits, mlp, perturb, vit
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
-from hf_lottalora import AutoLottaLoraModelForCausalLM
+from hf_lottalora import AutoLottaLoraModelForCausalLM, LottaLoraConfig
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -84,6 +85,13 @@ def test_auto_peft_models_with_a_base_are_pefts(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "adapter")
         again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", is_trainable=True)
         assert torch.equal(logits(again), logits(model)) and type(again) is type(model)
+        (tmp_path / "base" / "model.safetensors").rename(tmp_path / "weights")
+        torch.save(load_file(tmp_path / "weights"), tmp_path / "base" / "pytorch_model.bin")
+        if isinstance(options, LottaLoraConfig):  # a pickle, which is not read unasked
+            with pytest.raises(OSError, match="no file named model.safetensors"):
+                AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", use_safetensors=False)
+        (tmp_path / "weights").rename(tmp_path / "base" / "model.safetensors")
     assert AutoPeftModelForCausalLM.from_pretrained.__doc__ == AutoPeftModel.from_pretrained.__doc__
     with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
         AutoPeftModel.from_pretrained(tmp_path)

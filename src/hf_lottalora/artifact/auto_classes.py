@@ -26,11 +26,12 @@ def docstring(auto_name: str) -> str:
     return f"Loads from an artifact what `transformers.{auto_name}` builds."
 
 
-def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> Any:
+def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> tuple[Any, dict[str, Any]]:
     """Our class for an auto class of transformers, or with None the artifact's own.
 
     Returns:
-        The class; None where the path is no artifact of ours, or has a base model to be loaded over.
+        The class; None where the path is no artifact of ours, or has a base model to be loaded over. And how PEFT
+        should load that, where a user does not say otherwise.
 
     Raises:
         ValueError: a file of the artifact is missing or damaged, or its base model should not be fetched unasked.
@@ -40,16 +41,17 @@ def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> Any:
     wanted |= pinned(path, **wanted)
     config = PeftConfig.from_pretrained(path, **wanted)
     if config.peft_type != "LOTTALORA":
-        return None
+        return None, {}
     config = LottaLoraConfig.from_pretrained(path, **wanted)  # with the files beside it
     if config.base_model_name_or_path:
         base_of(config, path, None)
-        return None
+        return None, {"use_safetensors": True, "trust_remote_code": False}
     file = config._artifact_architecture
     if auto is None and file is not None:
         architecture = load_architecture(file)
         auto = LOADERS.get(loader_of(architecture, (architecture.architectures or [""])[0]) or "")
-    return next((globals()[ours] for ours, theirs in LOADERS.items() if theirs is auto), AutoLottaLoraModel)  # noqa: F821
+    ours = next((name for name, theirs in LOADERS.items() if theirs is auto), "AutoLottaLoraModel")
+    return globals()[ours], {}
 
 
 for _name, _auto in LOADERS.items():
