@@ -47,6 +47,7 @@ _MANIFEST: dict[str, Any] = {
     "architecture": dict[str, Any] | None,
     "options": dict[str, Any],
     "tensors": dict[str, str] | None,
+    "stored": dict[str, Any],
     "artifact": str,
 }
 # What save_pretrained writes, and what it leaves out but an older version or PEFT may have written.
