@@ -211,7 +211,7 @@ class LottaLoraConfig(Recorded):
     save_dtype: SaveDtype | None = field(
         default=None,
         metadata={
-            "help": "How files hold what is trained: as it is (default), in 'float16' or 'bfloat16', or in 'int8': 8-bit "
+            "help": "How files hold what is trained: as it is (default), in 'float16', 'bfloat16' or 'int8', 8-bit "
             "codes of A, B and trained matrices, with a scale for each of the r directions or for each row, and norms, "
             "biases and magnitudes in float16 (ours). Beta, what is kept, and whatever would not become smaller stay "
             "exact. The model card and `saving_loss` say what is lost. It counts whenever the model is saved, in a "
