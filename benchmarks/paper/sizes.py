@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from cli import RESULTS, environment, new_parser, write_json
+from cli import RESULTS as FOLDER
+from cli import environment, new_parser, write_json
 from peft import get_peft_model
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lottalora import LottaLoraConfig, make_plan
 
+RESULTS = FOLDER / "sizes.json"
 RANKS = (1, 2, 4, 8)
 # layers, hidden, heads, MLP; the paper's internal trainable parameters for r = 1, 2, 4, 8
 SCALES: dict[str, tuple[int, int, int, int, tuple[int, ...]]] = {
@@ -125,7 +127,7 @@ def table(artifacts: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--scales", nargs="+", default=list(SCALES), choices=SCALES, help="whose artifacts are saved")
-    parser.add_argument("--output", default=RESULTS / "sizes.json", help="JSON file to write")
+    parser.add_argument("--output", default=RESULTS, help="JSON file to write")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     cells = counts()

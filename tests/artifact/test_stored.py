@@ -169,7 +169,7 @@ def test_the_loss_is_said_everywhere(model: PeftModel, tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert f"| saved in | int8, with a relative error of {said} |" in card
     assert (
-        "| rows of trained embeddings here | 4 of 99 of `model.embed_tokens.weight` (the others are as drawn) |" in card
+        "| rows of trained embeddings here | 4 of 99 of `model.embed_tokens.weight`, the others are as drawn |" in card
     )
     with pytest.raises(ValueError, match=r"save_dtype must be one of \['float16', 'bfloat16', 'int8'\], got 'int4'"):
         saving_loss(model, "int4")  # type: ignore[arg-type]
@@ -247,8 +247,9 @@ def test_a_table_of_which_every_row_has_changed(build: Callable[[], nn.Module], 
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / WEIGHTS).keys() == model.get_plan().saved_shapes().keys() | {MANIFEST}
     assert "stored" not in manifest_in(tmp_path) and "save_dtype" not in manifest_in(tmp_path)["options"]
-    line = "all 99 of `model.embed_tokens.weight` (weight decay, or a head tied to it, changes every one)"
-    assert f"| rows of trained embeddings here | {line} |" in (tmp_path / "README.md").read_text()
+    why = "weight decay, a head tied to the table, or use of every row leaves none as drawn"
+    line = f"| rows of trained embeddings here | all 99 of `model.embed_tokens.weight`: {why} |"
+    assert line in (tmp_path / "README.md").read_text()
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------------

@@ -177,16 +177,17 @@ def _stored(plan: Plan, stored: Mapping[str, Any]) -> dict[str, str]:
     if loss := loss_in(stored):
         errors = ", ".join(f"{100 * error.relative:.2g} % of {group}" for group, error in loss.items())
         said["saved in"] = f"{stored['dtype']}, with a relative error of {errors}"
-    rows = []
-    for key, start in plan.drawn_tables().items():
-        table, size = stored.get("tables", {}).get(key), f"{start.shape[0]:,} of `{key.removeprefix(PREFIX)}`"
-        rows.append(
-            f"all {size} (weight decay, or a head tied to it, changes every one)"
-            if table is None
-            else f"{table['rows']:,} of {size} (the others are as drawn)"
-        )
-    if rows:
-        said["rows of trained embeddings here"] = "; ".join(rows)
+    tables, parts = stored.get("tables", {}), []
+    sizes = {key: (f"`{key.removeprefix(PREFIX)}`", start.shape[0]) for key, start in plan.drawn_tables().items()}
+    if some := [
+        f"{tables[key]['rows']:,} of {size:,} of {name}" for key, (name, size) in sizes.items() if key in tables
+    ]:
+        parts.append(f"{', '.join(some)}, the others are as drawn")
+    if whole := [f"all {size:,} of {name}" for key, (name, size) in sizes.items() if key not in tables]:
+        why = "weight decay, a head tied to the table, or use of every row leaves none as drawn"
+        parts.append(f"{', '.join(whole)}: {why}")
+    if parts:
+        said["rows of trained embeddings here"] = "; ".join(parts)
     return said
 
 
