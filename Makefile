@@ -102,6 +102,7 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/paper/cifar10.py --ways "r=16 residual" "r=16 DoRA by input, residual"
 	$(PY) benchmarks/paper/sst2.py
 	$(PY) benchmarks/paper/sizes.py
+	$(PY) benchmarks/paper/saved_dtypes.py
 	$(PY) benchmarks/perf/backward_bytes.py
 	$(PY) benchmarks/perf/draw.py
 	$(PY) benchmarks/perf/draw.py --scale 900M

@@ -22,11 +22,14 @@ import mnist_ablations
 import mnist_rank_search
 import mnist_seed_gating
 import physionet
+import saved_dtypes
+import sizes
 from common import read_json
 
 from hf_lottalora import RankSearch
 
-PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("results.md", "performance.md", "architectures.md")]
+_PAGES = ("results.md", "performance.md", "architectures.md", "artifact-size.md")
+PAGES = [Path(__file__).parents[1] / "docs" / name for name in _PAGES]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
 
 
@@ -78,6 +81,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rank search": _rank_search,
     "seed gating": lambda: mnist_seed_gating.table(read_json(mnist_seed_gating.RESULTS)["runs"]),
     "physionet": lambda: physionet.table(read_json(physionet.RESULTS)["runs"]),
+    "sizes": lambda: sizes.table(read_json(sizes.RESULTS)["artifacts"]),
+    "saved dtypes": lambda: saved_dtypes.table(read_json(saved_dtypes.RESULTS)["runs"]),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
     **{script: _performance(script) for script in ("conv", "decode", "large", "scales", "step")},

@@ -17,6 +17,7 @@ COMMANDS = {
     "mnist_seed_gating.py": [],
     "mnist_rank_search.py": [],
     "physionet.py": [],
+    "saved_dtypes.py": [],
     "cifar10.py": ["--ways", "full", "r=1 DoRA by input", "--precision", "float32"],
 }
 NOT_HERE = {"sizes.py"}  # no --quick: it trains nothing

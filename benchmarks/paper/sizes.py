@@ -1,27 +1,30 @@
-"""Counts and sizes of the paper's Llama scales (section 5), by building plans and by saving a real artifact.
+"""Counts and sizes of the paper's Llama scales (section 5), by building plans and by saving real artifacts.
 
-Prints, for each of the 20 (scale, rank) cells, the trainable parameters in A, B and beta beside the paper's, and for
-one scale the bytes of its artifact with everything in float16, with embeddings trained and with `embeddings="lora"`.
+Prints, for each of the 20 (scale, rank) cells, the trainable parameters in A, B and beta beside the paper's; and for
+each scale the bytes of its artifact at r = 8 in float16 and int8, with embeddings trained, as in the paper, and with
+`embeddings="lora"`, beside the paper's figure. The scaffold is streamed: 900M needs a gigabyte of memory.
 
     python benchmarks/paper/sizes.py
+    python benchmarks/paper/sizes.py --scales 3M 30M
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from cli import RESULTS, environment, write_json
+from cli import RESULTS as FOLDER
+from cli import environment, new_parser, write_json
 from peft import get_peft_model
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lottalora import LottaLoraConfig, make_plan
 
+RESULTS = FOLDER / "sizes.json"
 RANKS = (1, 2, 4, 8)
 # layers, hidden, heads, MLP; the paper's internal trainable parameters for r = 1, 2, 4, 8
 SCALES: dict[str, tuple[int, int, int, int, tuple[int, ...]]] = {
@@ -31,6 +34,7 @@ SCALES: dict[str, tuple[int, int, int, int, tuple[int, ...]]] = {
     "600M": (30, 1_344, 21, 3_584, (322_680, 645_240, 1_290_360, 2_580_600)),
     "900M": (34, 1_664, 26, 4_608, (452_744, 905_352, 1_810_568, 3_621_000)),
 }
+PAPER_MB = {"3M": 4, "30M": 24, "300M": 103, "600M": 105, "900M": 109}  # adapter and seed, r = 8
 MIB = 2**20
 
 
@@ -47,50 +51,92 @@ def architecture(scale: str) -> LlamaConfig:
     )
 
 
+def hollow(scale: str) -> LlamaForCausalLM:
+    """The model without values: nothing is allocated, up to 1.2e9 parameters."""
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM(architecture(scale))
+    model.tie_weights()
+    return model
+
+
 def counts() -> list[dict[str, Any]]:
+    """Trainable parameters in A, B and beta, ours and the paper's, of each scale and rank."""
     cells = []
     for scale, (*_, paper) in SCALES.items():
-        with init_empty_weights(include_buffers=False):  # nothing is allocated, up to 1.2e9 parameters
-            model = LlamaForCausalLM(architecture(scale))
-        model.tie_weights()
+        model = hollow(scale)
         for r, expected in zip(RANKS, paper, strict=True):
             plan = make_plan(model, LottaLoraConfig(seed=42, r=r, lora_alpha=16))
             cells.append({"scale": scale, "r": r, "ours": plan.adapter_parameters, "paper": expected})
     return cells
 
 
-def artifact(scale: str, embeddings: str) -> dict[str, Any]:
-    """Save a float16 artifact and look at what is in it."""
-    model = LlamaForCausalLM(architecture(scale)).half()
-    config = LottaLoraConfig(seed=42, r=8, lora_alpha=16, embeddings=embeddings)
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+def artifact(scale: str, embeddings: Any, save_dtype: Any) -> dict[str, Any]:
+    """Save an artifact whose trained tensors have random values, and look at what is in it."""
+    model = hollow(scale)
+    full = 2 * model.num_parameters()
+    config = LottaLoraConfig(
+        seed=42, r=8, lora_alpha=16, embeddings=embeddings, save_dtype=save_dtype, residency="streamed"
+    )
+    peft_model = get_peft_model(model, config)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:  # else rows of embeddings are as drawn, and not stored
+            torch.nn.init.normal_(parameter, std=0.02)
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder)
         files = {file.name: file.stat().st_size for file in Path(folder).iterdir()}
-        with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as weights:
-            keys = list(weights.keys())
-            dtypes = {str(weights.get_tensor(key).dtype) for key in keys if "manifest" not in key}
+        weights = Path(folder, "adapter_model.safetensors")
+        with weights.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+        with safe_open(weights, framework="pt") as tensors:
+            keys = list(tensors.keys())
+            manifest = tensors.get_slice("lottalora_manifest").get_shape()[0]
     tied = [key for key in keys if key.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    full = sum(p.numel() * p.element_size() for p in LlamaForCausalLM(architecture(scale)).half().parameters())
     return {
         "scale": scale,
         "embeddings": embeddings,
+        "save_dtype": save_dtype,
         "weights_mib": files["adapter_model.safetensors"] / MIB,
+        "planned_mib": peft_model.get_plan().artifact_bytes() / MIB,
+        "header_mib": header / MIB,
+        "manifest_mib": manifest / MIB,
         "folder_mib": sum(files.values()) / MIB,
         "full_checkpoint_mib": full / MIB,
+        "paper_mb": PAPER_MB[scale],
         "copies_of_the_tied_matrix": len(tied),
-        "dtypes": sorted(dtypes),
     }
 
 
+def table(artifacts: list[dict[str, Any]]) -> str:
+    """Sizes of the weights by scale, as Markdown."""
+    ways = [("train", "float16"), ("train", "int8"), ("lora", "float16"), ("lora", "int8")]
+    found = {(one["scale"], one["embeddings"], one["save_dtype"]): one for one in artifacts}
+    lines = [
+        "| scale | all weights, float16 | paper: adapter and seed, MB | "
+        + " | ".join(f"`embeddings={embeddings!r}`, {dtype}" for embeddings, dtype in ways)
+        + " | of the last: header and manifest |",
+        "|---|" + "---:|" * (3 + len(ways)),
+    ]
+    for scale in dict.fromkeys(one["scale"] for one in artifacts):
+        of = [found[scale, *way] for way in ways]
+        sizes = " | ".join(f"{one['weights_mib']:.2f}" for one in of)
+        text = of[-1]["header_mib"] + of[-1]["manifest_mib"]
+        lines.append(f"| {scale} | {of[0]['full_checkpoint_mib']:,.0f} | {PAPER_MB[scale]} | {sizes} | {text:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", default="30M", choices=SCALES, help="scale whose artifact is saved")
-    parser.add_argument("--output", default=RESULTS / "sizes.json", help="JSON file to write")
+    parser = new_parser(__doc__)
+    parser.add_argument("--scales", nargs="+", default=list(SCALES), choices=SCALES, help="whose artifacts are saved")
+    parser.add_argument("--output", default=RESULTS, help="JSON file to write")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     cells = counts()
-    artifacts = [artifact(arguments.scale, embeddings) for embeddings in ("train", "lora")]
+    artifacts = [
+        artifact(scale, embeddings, save_dtype)
+        for scale in arguments.scales
+        for embeddings in ("train", "lora")
+        for save_dtype in ("float16", "int8")
+    ]
     write_json(arguments.output, {"environment": environment(), "counts": cells, "artifacts": artifacts})
 
     print("| scale | " + " | ".join(f"r={r}" for r in RANKS) + " | equal to the paper |\n|---|---|---|---|---|---|")
@@ -98,13 +144,7 @@ def main() -> None:
         row = [cell for cell in cells if cell["scale"] == scale]
         equal = all(cell["ours"] == cell["paper"] for cell in row)
         print(f"| {scale} | " + " | ".join(f"{cell['ours']:,}" for cell in row) + f" | {'yes' if equal else 'NO'} |")
-    print("\n| artifact | weights MiB | whole folder MiB | full checkpoint MiB | tied matrix |\n|---|---|---|---|---|")
-    for entry in artifacts:
-        print(
-            f"| {entry['scale']}, float16, embeddings={entry['embeddings']!r} | {entry['weights_mib']:.3f} "
-            f"| {entry['folder_mib']:.3f} | {entry['full_checkpoint_mib']:.1f} "
-            f"| {entry['copies_of_the_tied_matrix']} times |"
-        )
+    print(f"\nMiB of `adapter_model.safetensors`, r = 8:\n\n{table(artifacts)}")
 
 
 if __name__ == "__main__":

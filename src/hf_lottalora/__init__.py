@@ -34,6 +34,7 @@ from .scaffold.tensor import ScaffoldTensor  # noqa: E402
 from .tuner.distributed import RanksAgreeCallback, check_ranks_agree  # noqa: E402
 from .tuner.groups import parameter_groups  # noqa: E402
 from .tuner.model import LottaLoraModel  # noqa: E402
+from .tuner.saving_loss import saving_loss  # noqa: E402
 
 __all__ = [
     "FAMILIES",
@@ -58,5 +59,6 @@ __all__ = [
     "minimum_sufficient_rank",
     "parameter_groups",
     "register_family",
+    "saving_loss",
 ]
 __all__ += _auto_classes.__all__

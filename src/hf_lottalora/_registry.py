@@ -54,8 +54,8 @@ def _save_whole() -> None:
         if os.path.isfile(save_directory) or not given.get("is_main_process", True):
             return save(self, save_directory, *args, **kwargs)
         names = given.get("selected_adapters") or list(self.peft_config)
-        plans = self.base_model.plans
-        with for_a_file(), staged(save_directory, {name: plans[name] for name in names if name in plans}) as folder:
+        plans = {name: self.get_plan(name) for name in names if name in self.base_model.plans}
+        with for_a_file(), staged(save_directory, plans) as folder:
             save(self, folder, *args, **kwargs)
 
     PeftModel.save_pretrained = save_pretrained

@@ -21,6 +21,7 @@ from .options import (
     Head,
     Magnitude,
     Redraw,
+    SaveDtype,
     TrainOrFrozen,
     check_biases,
     check_format,
@@ -207,6 +208,17 @@ class LottaLoraConfig(Recorded):
             "so that it needs no base model. With redraw 'all' they are always written, they are small."
         },
     )
+    save_dtype: SaveDtype | None = field(
+        default=None,
+        metadata={
+            "help": "How files hold what is trained: as it is (default), in 'float16', 'bfloat16' or 'int8', 8-bit "
+            "codes of A, B and trained matrices, with a scale for each of the r directions or for each row, and norms, "
+            "biases and magnitudes in float16 (ours). Beta, what is kept, and whatever would not become smaller stay "
+            "exact. The model card and `saving_loss` say what is lost. It counts whenever the model is saved, in a "
+            "Trainer's checkpoints too: to resume those exactly, set it when training is over, "
+            "`model.peft_config['default'].save_dtype = 'int8'`."
+        },
+    )
     format_version: int | None = field(
         default=None, metadata={"help": "Scaffold format, filled in. A file without one, or a newer one, is refused."}
     )
@@ -264,6 +276,7 @@ class LottaLoraConfig(Recorded):
         self._artifact_commit: tuple[str, str] | None = None  # the hub repository it was just read from, and of which
         self._values_follow = False  # a file has them, so no starting values are drawn
         self._saved_dtype: torch.dtype | None = None
+        self._stored: dict[str, Any] | None = None  # how the file held its tensors, of an adapter that was loaded
         self._other_dtypes: dict[str, str] = {}
         self.format_version = check_format(self.format_version, self.generator, from_file)
         if self.seed is None:

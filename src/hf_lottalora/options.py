@@ -22,6 +22,7 @@ Embeddings = Literal["train", "frozen", "lora"]
 TrainOrFrozen = Literal["train", "frozen"]
 Head = Literal["train", "lora", "lora_bias"]
 Magnitude = Literal["outputs", "inputs"]
+SaveDtype = Literal["float16", "bfloat16", "int8"]
 
 # Options of LoraConfig that read, decompose or rewrite the base weight, or that this version does not carry over a
 # scaffold. Each is refused by name unless it has its default value, and is left out of adapter_config.json.

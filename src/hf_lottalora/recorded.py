@@ -12,11 +12,11 @@ from peft import LoraConfig
 
 from .options import REFUSED
 
-# Fields that do not decide which model it is: where it was, what wrote it, where it goes; and digests, which the
-# manifest has anyway.
+# Fields that do not decide which model it is: where it was, what wrote it, where it goes and how it is stored; and
+# digests, which the manifest has anyway.
 _NOT_OPTIONS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "kept_digests", "lottalora_version", "peft_version",
-    "residency", "revision", "runtime_config", "scaffold_digests",
+    "residency", "revision", "runtime_config", "save_dtype", "scaffold_digests",
 }  # fmt: skip
 
 

@@ -48,12 +48,16 @@ def _plain(twin: bool) -> nn.Module:
 
 
 class Sort(NamedTuple):
-    """How one sort of artifact is made, and the part that its loaders' names have in common."""
+    """How one sort of artifact is made, and the part that its loaders' names have in common.
+
+    Of embeddings, `rows` are trained.
+    """
 
     build: Callable[[bool], nn.Module]
     options: dict[str, Any]
     loader: str | None = LM
     batch: Any = IDS
+    rows: slice = slice(None)
 
 
 SORTS = {
@@ -64,6 +68,8 @@ SORTS = {
     "targets kept": Sort(_llama, {"redraw": "targets", "save_kept": True}),
     "over a base": Sort(_llama, {"redraw": "none", "task_type": "CAUSAL_LM"}),
     "rows": Sort(_llama, {"trainable_token_indices": [1, 5, 7], "family": "binary"}),
+    "int8": Sort(_llama, {"save_dtype": "int8", "task_type": "CAUSAL_LM"}),
+    "rows as drawn": Sort(_llama, {"save_dtype": "float16"}, rows=slice(3, 7)),
     "half": Sort(_half, {"use_rslora": True, "seed_pattern": {"k_proj": 1}}),
     "resnet": Sort(_resnet, {"target_modules": ["convolution"]}, GENERAL + "ForImageClassification", IMAGES),
     "plain": Sort(
@@ -92,11 +98,13 @@ def make(name: str, folder: Path) -> Made:
     sort, saved = SORTS[name], {}
     for twin in (False, True):
         model = _adapted(sort, folder / "base", twin)
-        _train(model, 2 if twin else 1)
-        model.save_pretrained(folder / ("twin" if twin else "own"))
+        _train(model, 2 if twin else 1, sort.rows)
+        model.save_pretrained(place := folder / ("twin" if twin else "own"))
+        if "save_dtype" in sort.options:
+            model.load_adapter(place, "default")  # with the digits that are left
         saved[twin] = digest(output(model.eval(), sort.batch))
     adapted = _adapted(sort, folder / "base", False)
-    _train(adapted, 3)  # what is loaded into it shows
+    _train(adapted, 3, sort.rows)  # what is loaded into it shows
     base = _base(sort, folder / "base", False)
     return Made(sort, folder / "own", folder / "twin", base, adapted.eval(), saved[False])
 
@@ -117,11 +125,12 @@ def _adapted(sort: Sort, folder: Path, twin: bool) -> peft.PeftModel:
     return peft.get_peft_model(_base(sort, folder, twin), tiny.config(**options, **sort.options))
 
 
-def _train(model: nn.Module, seed: int) -> None:
+def _train(model: nn.Module, seed: int, rows: slice) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
+            some = parameter.data[rows] if "embed" in name else parameter.data
+            some.add_((0.1 * torch.randn(some.shape, generator=generator)).to(parameter.dtype))
 
 
 # ---- ways to load one -------------------------------------------------------------------------------------------------

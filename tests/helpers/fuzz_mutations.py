@@ -13,6 +13,8 @@ from typing import Any
 import fuzz_json
 from fuzz_weights import ADAPTER, ARCHITECTURE, MANIFEST, MUTATIONS, WEIGHTS, Mutation, Place, Weights
 
+from hf_lottalora.plan.canonical import canonical_json, digest_of
+
 # ---- the manifest and the two JSON files -------------------------------------------------------------------------------
 
 
@@ -30,6 +32,29 @@ def _manifest(what: str) -> Mutation:
         return said
 
     return mutate
+
+
+def _signed(rng: Random, place: Place) -> str:
+    """What it says of the forms of tensors, spoilt, with digests that add up."""
+    weights = Weights(place.folder / WEIGHTS)
+    content = json.loads(weights.data[MANIFEST])
+    stored = content.get("stored")
+    wrong = rng.choice(["x", ["x"], {"x": 1}])
+    if stored is None:
+        said, content["stored"] = "added", wrong
+    else:
+        path = fuzz_json.pick(rng, stored)
+        owner = fuzz_json.at(stored, path)
+        said = f"{'.'.join(path)} {'deleted' if rng.random() < 0.5 else f'= {wrong}'}"
+        if said.endswith("deleted"):
+            del owner[path[-1]]
+        else:
+            owner[path[-1]] = wrong
+    content["artifact"] = digest_of({key: value for key, value in content.items() if key != "artifact"})
+    data = canonical_json(content)
+    weights.put(MANIFEST, data, shape=[len(data)])
+    weights.write()
+    return said
 
 
 def _json(name: str, what: str) -> Mutation:
@@ -66,6 +91,7 @@ def _chosen(name: str) -> Mutation:
 
 for _what in (*fuzz_json.EDITS, "bytes"):
     MUTATIONS[f"manifest: {_what}"] = _manifest(_what)
+MUTATIONS["manifest: forms of tensors, signed anew"] = _signed
 for _name in (ADAPTER, ARCHITECTURE):
     for _what in (*fuzz_json.EDITS, "duplicated key", "deep", "bytes"):
         MUTATIONS[f"{_name}: {_what}"] = _json(_name, _what)

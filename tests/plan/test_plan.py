@@ -8,7 +8,7 @@ import sizes
 import torch
 from accelerate import init_empty_weights
 from peft import get_peft_model
-from tiny import bert, config, gpt2, llama, mlp, t5, vit
+from tiny import bert, config, gpt2, llama, mlp, perturb, t5, vit
 from torch import nn
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -223,12 +223,16 @@ def test_the_plan_prints_sizes_and_shares() -> None:
     assert "scaffold  model.layers.*.mlp.up_proj.weight" in text and "adapter   model.layers.*.self_attn.q_proj" in text
 
 
-@pytest.mark.parametrize("changes", [{}, {"embeddings": "lora"}, {"embeddings": "frozen", "norms": "frozen"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"embeddings": "lora"}, {"embeddings": "frozen", "norms": "frozen"}, {"save_dtype": "int8"}],
+)
 def test_the_plan_counts_what_is_trained_and_written(tmp_path: Any, changes: dict[str, Any]) -> None:
     model = get_peft_model(bert(), config(**changes))
     plan = model.get_plan()
     trainable, total = model.get_nb_trainable_parameters()
     assert (trainable, total) == (plan.trainable_parameters, plan.total_parameters)
+    perturb(model)  # else rows of embeddings are as drawn, and not stored
     model.save_pretrained(tmp_path)
     written = (tmp_path / "adapter_model.safetensors").stat().st_size
     assert abs(written - plan.artifact_bytes()) <= 64

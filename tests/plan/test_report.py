@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from tiny import bert, config, gpt2, llama, mlp, vit
+from tiny import bert, config, gpt2, llama, mlp, perturb, vit
 from torch import nn
 
 from hf_lottalora import LottaLoraConfig, ScaffoldTensor, make_plan
@@ -67,6 +67,7 @@ def test_a_tensor_can_be_drawn_from_what_the_data_say(case: str) -> None:
 
 def test_what_is_saved_is_what_the_data_say(tmp_path: Any) -> None:
     model = get_peft_model(llama(), config())
+    perturb(model)
     model.save_pretrained(tmp_path)
     data = model.get_plan().to_dict()
     said = {f"{adapter['path']}.{name}" for adapter in data["adapters"] for name in adapter["shapes"]}

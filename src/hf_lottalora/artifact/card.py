@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import metadata, version
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from ..plan.plan import MANIFEST_KEY, Plan
+from ..plan.plan import MANIFEST_KEY, PREFIX, Plan
 from .card_parts import Parts, split
 from .loaders import loader_of, pipeline_tag
 from .manifest import read_manifest
+from .stored import loss_in
 
 _HERE = "path/to/this/folder"
 
@@ -150,6 +151,7 @@ def _figures(plan: Plan, folder: Path) -> dict[str, str]:
     trained, total = plan.trainable_parameters, plan.total_parameters
     file = folder / SAFETENSORS_WEIGHTS_NAME
     dense = sum(t.survey.numel * t.survey.dtype.itemsize for t in plan.tensors if t.survey.kind != "buffer")
+    manifest = _manifest(file)
     figures = {"seed": str(plan.seed), "family": ", ".join(sorted({spec.family for spec in drawn})) or "nothing drawn"}
     if ranks:
         figures["rank"] = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -158,14 +160,35 @@ def _figures(plan: Plan, folder: Path) -> dict[str, str]:
         "trained parameters": f"{trained:,}, {trained / max(total, 1):.2%} of {total:,}",
         "of which A, B and beta": f"{plan.adapter_parameters:,}",
         "size of the weights here": f"{file.stat().st_size:,} bytes; all of the model's are {dense:,} bytes",
+        **_stored(plan, manifest.get("stored") or {}),
         "beta": _betas(file),
-        "digest": f"`{_digest(file)}`",
+        "digest": f"`{manifest['artifact']}`",
     }
 
 
-def _digest(file: Path) -> str:
+def _manifest(file: Path) -> dict[str, Any]:
     with safe_open(file, framework="pt") as tensors:
-        return str(read_manifest(tensors.get_tensor(MANIFEST_KEY), str(file))["artifact"])
+        return read_manifest(tensors.get_tensor(MANIFEST_KEY), str(file))
+
+
+def _stored(plan: Plan, stored: Mapping[str, Any]) -> dict[str, str]:
+    """What was left out of the weights to make them small, and of which tables nothing could be."""
+    said = {}
+    if loss := loss_in(stored):
+        errors = ", ".join(f"{100 * error.relative:.2g} % of {group}" for group, error in loss.items())
+        said["saved in"] = f"{stored['dtype']}, with a relative error of {errors}"
+    tables, parts = stored.get("tables", {}), []
+    sizes = {key: (f"`{key.removeprefix(PREFIX)}`", start.shape[0]) for key, start in plan.drawn_tables().items()}
+    if some := [
+        f"{tables[key]['rows']:,} of {size:,} of {name}" for key, (name, size) in sizes.items() if key in tables
+    ]:
+        parts.append(f"{', '.join(some)}, the others are as drawn")
+    if whole := [f"all {size:,} of {name}" for key, (name, size) in sizes.items() if key not in tables]:
+        why = "weight decay, a head tied to the table, or use of every row leaves none as drawn"
+        parts.append(f"{', '.join(whole)}: {why}")
+    if parts:
+        said["rows of trained embeddings here"] = "; ".join(parts)
+    return said
 
 
 def _betas(file: Path) -> str:

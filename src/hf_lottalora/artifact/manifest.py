@@ -25,16 +25,22 @@ from ..scaffold.tensor import combined_digest, first_difference
 from .architecture import check_architecture
 from .digests import differing, digests_one_by_one, number_of, summed_up, tensor_digests
 from .reader import ArtifactError, parse
+from .stored import encoded, file_shapes
 
 _FIELDS_OF_0_1 = {"format_version", "generator", "seed", "digest", "scaffold", "kept", "scaling", "residual", "rows"}
-_FIELDS = _FIELDS_OF_0_1 | {"trained", "class", "architecture", "options", "tensors", "kept_bytes", "artifact"}
+_FIELDS = _FIELDS_OF_0_1 | {
+    "trained", "class", "architecture", "options", "tensors", "kept_bytes", "stored", "artifact",
+}  # fmt: skip
 
 _for_a_file = ContextVar("for_a_file", default=False)
 
 
 @contextmanager
 def for_a_file() -> Iterator[None]:
-    """While an artifact is written, its manifest says what its tensors are; one in memory may be averaged, say."""
+    """While an artifact is written, its tensors are made small, and its manifest says what they are.
+
+    Those in memory are whole, and may be averaged, say.
+    """
     token = _for_a_file.set(True)
     try:
         yield
@@ -42,26 +48,31 @@ def for_a_file() -> Iterator[None]:
         _for_a_file.reset(token)
 
 
-def manifest_of(
+def with_manifest(
     plan: Plan,
     config: LottaLoraConfig,
     tensors: Mapping[str, torch.Tensor],
     kept: Callable[[], Iterable[tuple[str, torch.Tensor]]],
-) -> torch.Tensor:
-    """The manifest of an adapter file with these tensors, by the keys that they have there.
+) -> dict[str, torch.Tensor]:
+    """The tensors that a plan saves, by key, and their manifest: as they are, or while one is written as in a file.
 
     Args:
         plan: of the adapter.
         config: of the adapter.
         tensors: what is saved.
         kept: gives what is neither drawn nor saved, by canonical name; asked once, for the first file.
+
+    Raises:
+        ValueError: a value does not fit the config's `save_dtype`.
     """
-    digests = None
-    if _for_a_file.get():
-        digests = summed_up(tensor_digests(tensors, tensors.__getitem__))
-        if plan.kept_digests and not plan.kept_bytes:
-            plan.kept_bytes.update(summed_up(digests_one_by_one(kept())))
-    return plan.manifest(config.as_saved().decisive_options(), config._saved_dtype, digests)
+    options = config.as_saved().decisive_options()
+    if not _for_a_file.get():
+        return {MANIFEST_KEY: plan.manifest(options, config._saved_dtype, None), **tensors}
+    if plan.kept_digests and not plan.kept_bytes:
+        plan.kept_bytes.update(summed_up(digests_one_by_one(kept())))
+    found, stored = encoded(plan, tensors, config.save_dtype, config._stored)
+    digests = summed_up(tensor_digests(found, found.__getitem__))
+    return {MANIFEST_KEY: plan.manifest(options, config._saved_dtype, digests, stored), **found}
 
 
 def read_manifest(tensor: torch.Tensor | None, where: str) -> dict[str, Any]:
@@ -210,7 +221,7 @@ def check_scaffold(plan: Plan, seed: int, scaffold: Mapping[str, str], kept: Map
 
 def check_state_dict(
     plan: Plan, state_dict: Mapping[str, torch.Tensor], model: nn.Module, verified: Mapping[str, Any] | None
-) -> None:
+) -> dict[str, Any]:
     """Refuse a state dict that is not exactly what this plan saves. Changes nothing.
 
     Args:
@@ -218,6 +229,9 @@ def check_state_dict(
         state_dict: of an adapter, from a file or from memory.
         model: the base model.
         verified: the manifest of the file that it comes from, where its tensors have been compared with that.
+
+    Returns:
+        The content of its manifest.
 
     Raises:
         ValueError: no manifest, another seed, format, scaffold or architecture, a missing or foreign key, a tensor
@@ -230,6 +244,7 @@ def check_state_dict(
         check_architecture(content, None, model)
         warn_of_0_1(content, where)
         check_tensors(content, state_dict, state_dict.__getitem__, where)
+    return content
 
 
 def check_content(
@@ -241,7 +256,7 @@ def check_content(
         ValueError: as `check_state_dict`.
     """
     check_scaffold(plan, content["seed"], content["scaffold"], content["kept"], where)
-    check_shapes(plan, shapes, where, "Nothing was loaded.")
+    check_shapes(file_shapes(plan, content.get("stored"), where), shapes, where, "Nothing was loaded.")
     if content["residual"] != any(adapter.residual for adapter in plan.adapters):
         raise ValueError(
             f"{where} was trained with residual={content['residual']}, this model has {not content['residual']}. "
@@ -274,19 +289,20 @@ def _some(names: set[str]) -> str:
     return (", ".join(map(repr, shown)) or "nothing") + (" ..." if len(names) > 3 else "")
 
 
-def check_shapes(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str, advice: str) -> None:
-    """Compare the keys and shapes of an adapter file with the plan's; the manifest's shape is free.
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str, advice: str
+) -> None:
+    """Compare the keys and shapes of an adapter file with those that it should have; the manifest's shape is free.
 
     Args:
-        plan: what is expected.
-        found: shapes by key.
+        expected: shapes by key.
+        found: the same.
         where: what was looked at, the subject of the error's sentence.
         advice: how the error ends.
 
     Raises:
         ValueError: the first key that is missing, foreign or of another shape.
     """
-    expected = plan.saved_shapes()
     for key in sorted(expected.keys() | found.keys() - {MANIFEST_KEY}):
         if key not in found:
             raise ValueError(f"{where} lacks {key!r}, expected with shape {expected[key]}. {advice}")

@@ -48,6 +48,7 @@ _MANIFEST: dict[str, Any] = {
     "options": dict[str, Any],
     "tensors": dict[str, str] | None,
     "kept_bytes": dict[str, str],
+    "stored": dict[str, Any],
     "artifact": str,
 }
 # What save_pretrained writes, and what it leaves out but an older version or PEFT may have written.

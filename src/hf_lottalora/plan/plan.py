@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..options import Magnitude
+from ..options import Magnitude, SaveDtype
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import ScaffoldTensor, combined_digest
 from .canonical import canonical_json, describe, digest_of
 from .left_out import LeftOut
 from .report import Reported, name_of
+from .storage import FORMS, SCALES_KEY, Shrinkable, described, file_bytes, of_adapter, of_trained
 from .survey import Survey, SurveyedTensor
 
 MANIFEST_KEY = "lottalora_manifest"
@@ -23,17 +23,6 @@ PREFIX = "base_model.model."  # PEFT's prefix of every key in an adapter file
 
 Role = Literal["scaffold", "trained", "kept"]
 AdapterKind = Literal["linear", "conv", "embedding", "tied_head", "projection", "rows"]
-
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def saved_key(path: str) -> str:
@@ -150,6 +139,7 @@ class Plan(Reported):
         rule: why these, for people to read.
         left_out: what the rule would have taken, and why it has not.
         options: the config's decisive ones, when it was planned.
+        save_dtype: the config's, of which `artifact_bytes` depends.
         digests: filled once, by `scaffold_digests`.
         kept_digests: of runs of each tensor that is neither drawn nor saved, by canonical name.
         kept_bytes: of every byte of theirs, summed up; filled when an artifact is first written.
@@ -163,6 +153,7 @@ class Plan(Reported):
     rule: str = ""
     left_out: tuple[LeftOut, ...] = ()
     options: dict[str, Any] = field(default_factory=dict, repr=False)
+    save_dtype: SaveDtype | None = None
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_bytes: dict[str, str] = field(default_factory=dict, repr=False)
@@ -233,12 +224,33 @@ class Plan(Reported):
         shapes.update({saved_key(path): tensor.survey.shape for path, tensor in self.saved.items()})
         return shapes
 
+    def shrinkable(self) -> dict[str, Shrinkable]:
+        """The tensors of the adapter file that may be stored in fewer bytes, by key: all but kept ones."""
+        found = {
+            saved_key(f"{adapter.path}.{name}"): of_adapter(name, shape)
+            for adapter in self.adapters
+            for name, shape in adapter.shapes.items()
+        }
+        return found | {saved_key(tensor.path): of_trained(tensor.survey) for tensor in self.with_role("trained")}
+
+    def drawn_tables(self) -> dict[str, ScaffoldTensor]:
+        """How trained embeddings start that are drawn, by key: rows that are so still need not be stored."""
+        return {
+            saved_key(tensor.path): tensor.start
+            for tensor in self.with_role("trained")
+            if tensor.survey.kind == "embedding" and isinstance(tensor.start, ScaffoldTensor) and tensor.start.exact
+        }
+
     def trained_rows(self) -> dict[str, list[int]]:
         """The ids of the rows that are trained, by the path of their embedding."""
         return {adapter.path: list(adapter.rows) for adapter in self.adapters if adapter.kind == "rows"}
 
     def manifest(
-        self, options: Mapping[str, Any], dtype: torch.dtype | None, tensors: Mapping[str, str] | None
+        self,
+        options: Mapping[str, Any],
+        dtype: torch.dtype | None,
+        tensors: Mapping[str, str] | None,
+        stored: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Everything that makes the model, and one digest for all of it, as a uint8 tensor of JSON, shape `(n,)`.
 
@@ -246,6 +258,7 @@ class Plan(Reported):
             options: the config's decisive ones.
             dtype: the model's.
             tensors: digests of what the artifact contains, None where the manifest goes with tensors in memory.
+            stored: how the file holds them, see `storage.described`; None where all are as they are.
         """
         digests, architecture = self.scaffold_digests(), self.survey.architecture
         content: dict[str, Any] = {
@@ -267,6 +280,8 @@ class Plan(Reported):
             content["kept_bytes"] = self.kept_bytes
         if self.trained_rows():
             content["rows"] = self.trained_rows()
+        if stored is not None:
+            content["stored"] = stored
         content["artifact"] = digest_of(content)
         return torch.frombuffer(bytearray(canonical_json(content)), dtype=torch.uint8)
 
@@ -282,19 +297,22 @@ class Plan(Reported):
         return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
     def artifact_bytes(self, adapter_dtype: torch.dtype | None = None) -> int:
-        """Size of `adapter_model.safetensors`, to within a few bytes: saved tensors, manifest, header."""
+        """Size of `adapter_model.safetensors`, to within a few bytes: saved tensors, manifest, header.
+
+        In `save_dtype`, and with all rows of trained embeddings: which ones training changes is not known before it.
+        """
         dtypes = {saved_key(path): tensor.survey.dtype for path, tensor in self.saved.items()}
-        keys = self.saved_shapes()
+        dtypes = {key: dtypes.get(key, adapter_dtype or self.adapter_dtype()) for key in self.saved_shapes()}
+        shrinkable = self.shrinkable()
+        forms = {key: tensor.form(dtypes[key], self.save_dtype) for key, tensor in shrinkable.items()}
+        dtypes |= {key: FORMS[form] for key, form in forms.items() if form}
+        entries = {key: (dtypes[key], shape) for key, shape in self.saved_shapes().items()}
+        scales = sum(math.prod(shrinkable[key].scales or ()) for key, form in forms.items() if form == "int8")
+        if scales:
+            entries[SCALES_KEY] = (torch.bfloat16, (scales,))
         options = {**self.options, **self.recorded_options(), "other_dtypes": {}}
-        manifest = self.manifest(options, torch.float32, {"digest": "0" * 64, "each": "0" * 8 * len(keys)})
-        shapes = {**keys, MANIFEST_KEY: tuple(manifest.shape)}
-        dtypes[MANIFEST_KEY] = torch.uint8
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for key, shape in shapes.items():
-            dtype = dtypes.get(key, adapter_dtype or self.adapter_dtype())
-            size = math.prod(shape) * dtype.itemsize
-            entries[key] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
-            at += size
-        header = len(json.dumps(entries, separators=(",", ":")))
-        return at + 8 + -(-header // 8) * 8
+        digests = {"digest": "0" * 64, "each": "0" * 8 * len(entries)}
+        loss = {shrinkable[key].group: (0.00123, 0.00123) for key, form in forms.items() if form}
+        stored = described(self.save_dtype, forms, {}, loss)
+        manifest = self.manifest(options, torch.float32, digests, stored)
+        return file_bytes({**entries, MANIFEST_KEY: (torch.uint8, tuple(manifest.shape))})

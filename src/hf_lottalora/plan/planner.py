@@ -74,7 +74,8 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig, again: bool = Fals
     _check_biases(planned, adapters)
     tensors = tuple(_with_norm_of_direction(tensor, planned) for tensor in planned)
     seed, paths, options = int(config.seed or 0), tuple(sorted(targets.paths)), config.decisive_options()
-    plan = Plan(survey, tensors, tuple(adapters), seed, paths, targets.rule, targets.left_out, options)
+    left_out, save_dtype = targets.left_out, config.save_dtype
+    plan = Plan(survey, tensors, tuple(adapters), seed, paths, targets.rule, left_out, options, save_dtype)
     _check_patterns(plan, config)
     if not again:
         check_choice(survey, config, targets)

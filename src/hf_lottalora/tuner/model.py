@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -210,7 +211,9 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         Raises:
             ValueError: there is no such adapter.
         """
-        return self.plans[self._known(adapter_name)]
+        name = self._known(adapter_name)
+        plan, save_dtype = self.plans[name], self.peft_config[name].save_dtype
+        return plan if plan.save_dtype == save_dtype else replace(plan, save_dtype=save_dtype)  # set since
 
     def get_betas(self, adapter_name: str | None = None) -> dict[str, float]:
         """The beta of each adapted layer by module path.

@@ -9,11 +9,12 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ..artifact.manifest import check_shapes, check_state_dict, manifest_of
+from ..artifact.manifest import check_shapes, check_state_dict, with_manifest
+from ..artifact.stored import decoded
 from ..config import LottaLoraConfig
 from ..layers.layer import ScaffoldLayer
 from ..paths import owner_of
-from ..plan.plan import MANIFEST_KEY, Plan, saved_key
+from ..plan.plan import Plan, saved_key
 from ..residency.forms import Residency, VirtualWeight
 from ..residency.recipe import recipe_of
 from ..scaffold.tensor import ScaffoldTensor
@@ -97,10 +98,13 @@ class Saving:
         selected.update(
             {saved_key(path): tuner.base.saved_value(path, adapter_name, state_dict) for path in plan.saved}
         )
-        named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in selected.items()}
-        shapes = {key: tuple(value.shape) for key, value in named.items()}
-        check_shapes(plan, shapes, "The model", "Change a model (its vocabulary, say) before get_peft_model.")
-        return _Complete({MANIFEST_KEY: manifest_of(plan, config, named, lambda: tuner.base.kept(plan)), **selected})
+        given = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in selected}
+        named = {name: selected[key] for name, key in given.items()}
+        shapes = {name: tuple(value.shape) for name, value in named.items()}
+        advice = "Change a model (its vocabulary, say) before get_peft_model."
+        check_shapes(plan.saved_shapes(), shapes, "The model", advice)
+        found = with_manifest(plan, config, named, lambda: tuner.base.kept(plan))
+        return _Complete({given.get(name, name): value for name, value in found.items()})
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -122,8 +126,9 @@ class Saving:
         tuner.base.check_shapes(tuner.plans[adapter_name])
         tuner._follow(adapter_name, state_dict)
         plan = tuner.plans[adapter_name]
-        check_state_dict(plan, state_dict, tuner.model, config._artifact_manifest)
-        state_dict = {key: value for key, value in state_dict.items() if key != MANIFEST_KEY}
+        content = check_state_dict(plan, state_dict, tuner.model, config._artifact_manifest)
+        state_dict = decoded(plan, content.get("stored"), state_dict, "The adapter file")
+        config._stored = content.get("stored")
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
         with torch.no_grad():
             for path in plan.saved:
