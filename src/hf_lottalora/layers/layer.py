@@ -26,6 +26,7 @@ from .description import described
 from .functional import without_autocast
 from .magnitude import MagnitudeLayer
 from .merging import MergingLayer
+from .mixed import RowAdapters
 from .switches import Switches
 
 
@@ -220,11 +221,13 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for name in filter(self._has, set(adapter_names)):
-            rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
-            result[rows] = self._in_memory(x[rows], [name], *args, **kwargs).to(result.dtype)
-        return result
+        def of(name: str, rows: torch.Tensor) -> torch.Tensor:
+            if self._has(name):
+                return self._in_memory(x[rows], [name], *args, **kwargs)
+            result: torch.Tensor = self.base_layer(x[rows], *args, **kwargs)
+            return result
+
+        return RowAdapters.of(adapter_names).apart(of, x.device)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(..., I) -> (..., O)`; for an embedding `(...) -> (..., O)`."""

@@ -28,6 +28,7 @@ from ..plan.survey import Survey, survey_model, with_model_dtypes
 from ..recorded import DefaultTargets
 from .base_model import BaseTensors, check_loadable, materialise
 from .merging import Merging
+from .mixing import Mixing
 from .placing import Placing, as_planned
 from .progress import progress
 from .reseed import SeedSwitching
@@ -77,6 +78,7 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         self.survey = None
         self.trained = TrainedTensors()
         self.base = BaseTensors(model, self.trained)
+        self.mixing = Mixing(model, self.trained)
         self.switches = Switches()
         self._layers_disabled = False
         self._unfused: list[tuple[nn.Module, str, Any]] = []
@@ -179,6 +181,7 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         self._finish_adapters(model, adapter_name, plan, config, start)
         self.switches.trained |= {adapter_name} if self.trained.planned[adapter_name] else set()
         self._unfused.extend(unfuse(model))
+        self.mixing.found.clear()
         if copied is not None:
             for mine, its in zip(self._parameters_of(adapter_name), self._parameters_of(copied), strict=True):
                 mine.data = its.data.clone()  # also its dtype

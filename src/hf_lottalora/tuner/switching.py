@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ..layers.attention import ScaffoldAttention
-from ..layers.embedding import TiedHead
 from ..layers.layer import ScaffoldLayer
 from ..layers.switches import Switches
 from ..plan.plan import Plan
 from ..residency.forms import Residency
 from ..scaffold.interrupts import uninterrupted
+from .mixing import Mixing
 from .trained import TrainedTensors
 
 
@@ -25,6 +25,7 @@ class Switching:
     model: nn.Module
     switches: Switches
     trained: TrainedTensors
+    mixing: Mixing
     plans: dict[str, Plan]
     residency: Residency
     active_adapters: list[str]
@@ -114,6 +115,7 @@ class Switching:
         was_active = adapter_name in self.active_adapters
         with self._switching():
             super().delete_adapter(adapter_name)  # type: ignore[misc]
+        self.mixing.found.clear()
         self.switches.trained.discard(adapter_name)
         self.trained.remove(self.model, adapter_name)
         self.plans.pop(adapter_name, None)
@@ -124,26 +126,24 @@ class Switching:
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if self.residency != "dense" and torch.compiler.is_compiling():
             raise RuntimeError("torch.compile needs a scaffold in memory. Call set_residency('dense') first.")
-        names = set(kwargs.get("adapter_names") or ())
-        owners = sorted(name for name in {*names, self.trained.installed} if self.trained.planned.get(name or ""))
-        if names and owners:
-            raise ValueError(
-                f"adapter_names cannot mix rows while adapters {owners} take part: each has its own copy of whole "
-                "trained tensors (head, embeddings or norms). Run them one after the other with set_adapter."
-            )
+        names = None if self._layers_disabled else kwargs.get("adapter_names")
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)  # type: ignore[misc]
+        if names is None:
+            with hooks:
+                yield
+            return
         attention = next((p for p, m in self.model.named_modules() if isinstance(m, ScaffoldAttention)), None)
-        if names and attention is not None:
+        if attention is not None:
             raise ValueError(
                 f"adapter_names is not supported with adapters on nn.MultiheadAttention, as in {attention!r}: they are "
                 "summed into its matrices, one sum for all rows. Run the adapters one after the other with set_adapter."
             )
-        if names and any(isinstance(module, TiedHead) for module in self.model.modules()):
-            raise ValueError(
-                "adapter_names is not supported with embeddings='lora' and a tied head, which has one adapter at a "
-                "time. Run the adapters one after the other with set_adapter."
-            )
-        with super()._enable_peft_forward_hooks(*args, **kwargs):  # type: ignore[misc]
-            yield
+        hooks.__enter__()
+        try:
+            with self.mixing.batch(list(names), kwargs.get("num_beams") or 1):
+                yield
+        finally:
+            hooks.__exit__(None, None, None)  # told of an error, PEFT's would leave its hooks behind
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: beta scales the scaffold itself, so a weighted sum of adapters is not an adapter of this form."""
