@@ -9,7 +9,7 @@ equation exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -104,8 +104,17 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's. With a hundred adapters its walk through their modules takes longer than all else."""
         self.switches.check("set_adapter")
-        super().set_adapter(adapter_names, inference_mode)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for role in self.adapter_layer_names:
+            for name, held in getattr(self, role).items():
+                learns = name in names and not inference_mode
+                for tensor in _tensors_of(held):
+                    if tensor is not None and tensor.requires_grad != learns and tensor.is_leaf:
+                        tensor.requires_grad_(learns)
+        self._freeze_non_trainable_peft_weights(names)
+        self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         self.switches.check("set_requires_grad")
@@ -270,3 +279,9 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
     def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output with these adapters; further arguments are for a base layer with a forward of its own."""
         raise NotImplementedError
+
+
+def _tensors_of(held: nn.Module | torch.Tensor) -> Iterable[torch.Tensor | None]:
+    if isinstance(held, torch.Tensor):
+        return (held,)
+    return held.parameters() if held._modules else held._parameters.values()

@@ -20,6 +20,7 @@ from torch import nn
 from ..layers.embedding import TiedHead
 from ..layers.layer import ScaffoldLayer
 from ..layers.mixed import RowAdapters
+from ..layers.walk import outside_adapters
 from ..paths import owner_of
 from ..plan.plan import PlannedTensor
 from .row_probe import FoundRows, find_rows, structure, tensors_in
@@ -75,7 +76,7 @@ class _Batch:
         self.rows = {len(each): RowAdapters(each) for each in (names, repeated)}
         self.names = list(dict.fromkeys(names))
         self.alone = self.names[0] if len(self.names) == 1 else None
-        self.paths = {module: path for path, module in model.named_modules()}
+        self.paths = {module: path for path, module in outside_adapters(model)}
         self.now: FoundRows | None = None
         self.tensors: dict[str, PlannedTensor] = {}
         for name in (*self.names, trained.installed or ""):

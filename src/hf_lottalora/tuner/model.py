@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..layers.attention import unfuse
 from ..layers.layer import ScaffoldLayer
 from ..layers.rows import TrainedRows
 from ..layers.switches import Switches
+from ..layers.walk import outside_adapters
 from ..paths import owner_of
 from ..plan.initialization import PrivateRandomness
 from ..plan.plan import PREFIX, Plan
@@ -125,6 +127,8 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         if not first:
             self.base.check_shapes(self.first_plan)
             check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
+            if plan.scaffold == self.first_plan.scaffold:
+                plan = replace(plan, digests=self.first_plan.scaffold_digests())
         _check_rows(adapter_name, plan, model)
         check_loadable(model, plan)
         _check_task(model, config)
@@ -261,7 +265,9 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
 
 def _check_adapter_name(adapter_name: str, model: nn.Module, adapters: Iterable[str]) -> None:
     # PEFT takes an adapter's name out of keys by matching path segments.
-    segments = {segment for name in model.state_dict() for segment in name.split(".")} | {UNDECAYED, DECAYED}
+    segments = {UNDECAYED, DECAYED}
+    for path, module in outside_adapters(model):
+        segments.update(path.split("."), module._modules, module._parameters, module._buffers)
     if adapter_name in segments - {"default", *adapters}:
         raise ValueError(
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from ..layers.attention import ScaffoldAttention
-from ..layers.layer import ScaffoldLayer
 from ..layers.switches import Switches
+from ..layers.walk import outside_adapters, scaffold_layers
 from ..plan.plan import Plan
 from ..residency.forms import Residency
 from ..scaffold.interrupts import uninterrupted
@@ -28,6 +29,7 @@ class Switching:
     mixing: Mixing
     plans: dict[str, Plan]
     residency: Residency
+    active_adapter: str | list[str]
     active_adapters: list[str]
     _layers_disabled: bool
     _frozen: list[torch.Tensor]  # while layers are disabled: what was not trained before
@@ -51,8 +53,14 @@ class Switching:
         owner = None if self._layers_disabled else self.trained.owner_among(names)
         self.trained.check_installable(self.model, owner)
         self._frozen = []  # another choice since
-        with self._switching():
-            super().set_adapter(adapter_name, inference_mode=inference_mode)  # type: ignore[misc]
+        with self._switching():  # PEFT's own walks through the modules of all adapters, twice
+            for layer in scaffold_layers(self.model):
+                if layer.merged:
+                    text = "Adapter cannot be set when the model is merged. Unmerging the model first."
+                    warnings.warn(text, stacklevel=2)
+                    layer.unmerge()
+                layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
         self._restore_residency()  # PEFT has unmerged layers, and base values are back where trained copies stood
@@ -63,8 +71,12 @@ class Switching:
 
     def _switch_layers(self, enabled: bool) -> None:
         if not enabled and not self._layers_disabled:
-            layers = [module for module in self.model.modules() if isinstance(module, ScaffoldLayer)]
-            adapters = [p for layer in layers for name in layer.lora_beta for p in layer.adapter_parameters(name)]
+            adapters = [
+                p
+                for layer in scaffold_layers(self.model)
+                for name in layer.lora_beta
+                for p in layer.adapter_parameters(name)
+            ]
             trained = [p for name in self.plans for p in self.trained.parameters_of(self.model, name).values()]
             self._frozen = [parameter for parameter in (*adapters, *trained) if not parameter.requires_grad]
         self._layers_disabled = not enabled
@@ -90,9 +102,8 @@ class Switching:
 
     def _parameters_of(self, adapter_name: str) -> Iterator[torch.Tensor]:
         """All of one adapter, in an order that its plan decides."""
-        for module in self.model.modules():
-            if isinstance(module, ScaffoldLayer):
-                yield from module.adapter_parameters(adapter_name)
+        for layer in scaffold_layers(self.model):
+            yield from layer.adapter_parameters(adapter_name)
         yield from self.trained.parameters_of(self.model, adapter_name).values()
 
     def _set_trained_grad(self, adapters: list[str], requires_grad: bool) -> None:
@@ -102,7 +113,7 @@ class Switching:
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's makes new, trainable parameters of an embedding's A and B: keep what was frozen frozen."""
-        layers = [layer for layer in self.model.modules() if isinstance(layer, ScaffoldLayer)]
+        layers = scaffold_layers(self.model)
         frozen = [[not p.requires_grad for p in layer.adapter_parameters(adapter_name)] for layer in layers]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
         for layer, flags in zip(layers, frozen, strict=True):
@@ -132,7 +143,7 @@ class Switching:
             with hooks:
                 yield
             return
-        attention = next((p for p, m in self.model.named_modules() if isinstance(m, ScaffoldAttention)), None)
+        attention = next((p for p, m in outside_adapters(self.model) if isinstance(m, ScaffoldAttention)), None)
         if attention is not None:
             raise ValueError(
                 f"adapter_names is not supported with adapters on nn.MultiheadAttention, as in {attention!r}: they are "
