@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,8 +110,21 @@ def test_generate(beams: int) -> None:
     assert not torch.equal(mixed[0], mixed[1])
 
 
+class Block(nn.Module):
+    """Takes and gives the rows first, and writes to a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, h: torch.Tensor, cache: Any) -> torch.Tensor:
+        if cache is not None:
+            cache.rows = h
+        return h * self.scale
+
+
 class Seen(nn.Module):
-    """With a table that is looked up by numbers of tokens, a bare parameter, and time first or not."""
+    """Reads its tensors in many ways."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -121,7 +135,7 @@ class Seen(nn.Module):
             nn.Linear(8, 8),
             nn.Linear(8, 3),
         )
-        self.own = nn.Parameter(torch.ones(8))
+        self.block = Block()
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         h = self.embed(x)
@@ -136,7 +150,7 @@ class Seen(nn.Module):
             return self.head(self.lin(h)).flatten(0, 1) + self.head(h.flatten(0, 1))
         if self.kind == "read elsewhere":
             return nn.functional.linear(self.lin(h), self.head.weight)
-        return self.head(self.lin(h) * self.own)
+        return self.head(self.block(self.lin(h), SimpleNamespace() if self.kind == "cache" else None))
 
 
 def seen(kind: str, **options: Any) -> Any:
@@ -151,6 +165,7 @@ def seen(kind: str, **options: Any) -> Any:
         ("time first", ["head"], "'head.weight', which adapters .* is read by 'head', and no"),
         ("time first", ["embed"], "'lin' has an adapter, and is not called with the rows of the batch first"),
         ("read elsewhere", ["head"], "'head.weight', which adapters .* is read by 'Seen', and no"),
+        ("cache", ["block"], "'block.scale', which adapters .* is read by 'block', and no"),
         ("positions", ["table"], r"whether an input of shape \(4,\) has an entry for each of 4 rows"),
     ],
 )

@@ -9,7 +9,7 @@ equation exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -80,6 +80,16 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
         for tensor in self.adapter_parameters(adapter_name):
             tensor.data = tensor.data.to("meta" if tensor.is_meta else device, dtype)
 
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Those of all adapters, with the adapter's name."""
+        for role in self.adapter_layer_names:
+            kept = getattr(self, role)
+            yield from kept._parameters.items()
+            for name, module in kept._modules.items():
+                # Not `parameters()` of each, which would take most of the time.
+                for tensor in module.parameters() if module._modules else module._parameters.values():
+                    yield name, tensor
+
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; all that is kept here per adapter goes with it."""
         self.switches.check("delete_adapter")
@@ -107,12 +117,10 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
         """As PEFT's. With a hundred adapters its walk through their modules takes longer than all else."""
         self.switches.check("set_adapter")
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for role in self.adapter_layer_names:
-            for name, held in getattr(self, role).items():
-                learns = name in names and not inference_mode
-                for tensor in _tensors_of(held):
-                    if tensor is not None and tensor.requires_grad != learns and tensor.is_leaf:
-                        tensor.requires_grad_(learns)
+        for name, tensor in self._tensors():
+            learns = name in names and not inference_mode
+            if tensor is not None and tensor.requires_grad != learns and tensor.is_leaf:
+                tensor.requires_grad_(learns)
         self._freeze_non_trainable_peft_weights(names)
         self._active_adapter = names
 
@@ -279,9 +287,3 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
     def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output with these adapters; further arguments are for a base layer with a forward of its own."""
         raise NotImplementedError
-
-
-def _tensors_of(held: nn.Module | torch.Tensor) -> Iterable[torch.Tensor | None]:
-    if isinstance(held, torch.Tensor):
-        return (held,)
-    return held.parameters() if held._modules else held._parameters.values()

@@ -13,9 +13,10 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params, recursively_apply
+from accelerate.utils import has_offloaded_params
 from peft.tuners.lora.model import _get_encoder
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..layers.embedding import TiedHead
 from ..layers.layer import ScaffoldLayer
@@ -23,7 +24,7 @@ from ..layers.mixed import RowAdapters
 from ..layers.walk import outside_adapters
 from ..paths import owner_of
 from ..plan.plan import PlannedTensor
-from .row_probe import FoundRows, find_rows, structure, tensors_in
+from .row_probe import FoundRows, find_rows, structure
 from .trained import TrainedTensors
 
 _ONE_BY_ONE = "Run the adapters one after the other with set_adapter."
@@ -242,20 +243,21 @@ class _Batch:
     ) -> torch.Tensor:
         if self.alone is not None:  # within a larger part, whose tensors stand
             return forward(*args, **kwargs)
-        inputs = tensors_in((args, kwargs))
-        sizes = {len(tensor) for tensor, flag in zip(inputs, flags, strict=False) if flag and tensor.dim()}
-        if len(inputs) != len(flags) or len(sizes) != 1:
+        named = kwargs.pop("adapter_names", None) is not None
+        leaves, layout = tree_flatten((args, kwargs))
+        batch = [leaf for leaf, flag in zip(leaves, flags, strict=False) if flag and isinstance(leaf, torch.Tensor)]
+        if len(leaves) != len(flags) or len(batch) != sum(flags) or len({len(tensor) for tensor in batch}) != 1:
             raise ValueError(_unforeseen(path))
 
         def part(name: str, rows: torch.Tensor) -> torch.Tensor:
-            flag = iter(flags)
-            own_args, own = recursively_apply(lambda x: x[rows.to(x.device)] if next(flag) else x, (args, kwargs))
-            if "adapter_names" in own:
+            mine = [leaf[rows.to(leaf.device)] if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+            own_args, own = tree_unflatten(mine, layout)
+            if named:
                 own["adapter_names"] = RowAdapters([name] * len(rows))
             with self.standing(name, tensors):
                 return forward(*own_args, **own)
 
-        return self._of(sizes.pop(), path).apart(part, inputs[0].device)
+        return self._of(len(batch[0]), path).apart(part, batch[0].device)
 
     def _guards(self, found: FoundRows) -> dict[nn.Module, Callable[..., Any]]:
         """Modules with a trained tensor that were not seen running, such as experts that no row was sent to."""

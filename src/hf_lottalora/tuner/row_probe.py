@@ -34,8 +34,8 @@ class FoundRows:
     Attributes:
         called: the paths of modules that were called.
         rows_first: of these, the ones whose output is a tensor with the rows of the batch first, each time they were
-            called; for each tensor among the inputs whether it has them, too. At least one has, and no other input has
-            a state, as caches have.
+            called; for each leaf of the inputs whether it has them, too. At least one has, and none has a state, as
+            caches have.
         reads: by path of each tensor that was read, the modules that were running, outermost first.
     """
 
@@ -46,13 +46,6 @@ class FoundRows:
     def inside(self, path: str) -> frozenset[str]:
         """The tensors that are read while this module runs."""
         return frozenset(tensor for tensor, reads in self.reads.items() if any(path in running for running in reads))
-
-
-def tensors_in(data: Any) -> list[torch.Tensor]:
-    """The tensors in nested lists, tuples and mappings, in order."""
-    found: list[torch.Tensor] = []
-    recursively_apply(found.append, data)
-    return found
 
 
 def structure(inputs: Any) -> str:
@@ -117,9 +110,11 @@ def find_rows(
 
 
 def _check_inputs(inputs: tuple[tuple[Any, ...], dict[str, Any]], rows: int) -> None:
-    tensors = [tensor for tensor in tensors_in(inputs) if tensor.dim() and len(tensor) == rows]
+    found: list[torch.Tensor] = []
+    recursively_apply(found.append, inputs)
+    tensors = [tensor for tensor in found if _size(tensor) == rows]
     if not tensors:
-        sizes = [tuple(tensor.shape) for tensor in tensors_in(inputs)]
+        sizes = [tuple(tensor.shape) for tensor in found]
         raise ValueError(f"adapter_names has {rows} names, and no input has so many rows: they have shapes {sizes}.")
     if any(rows in tensor.shape[1:] for tensor in tensors) and any(tensor.dim() == 1 for tensor in tensors):
         raise ValueError(
@@ -133,7 +128,7 @@ def _first_rows(inputs: Any, rows: int, count: int) -> Any:
 
     def cut(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return leaf.detach()[:count] if leaf.dim() and len(leaf) == rows else leaf.detach()
+            return leaf.detach()[:count] if _size(leaf) == rows else leaf.detach()
         leaf = copy.deepcopy(leaf)
         leaf.batch_select_indices(torch.arange(count))
         return leaf
@@ -161,18 +156,18 @@ def _rows_first(one: list[_Call], two: list[_Call]) -> tuple[bool, ...] | None:
     return found.pop() if len(found) == 1 else None
 
 
-_Call = tuple[list[int | None], int | None]  # the first sizes of all tensors among the inputs, and of the output
+_Call = tuple[list[int | None], int | None]  # the first sizes of the inputs' leaves, and of the output
+
+
+def _size(value: Any) -> int | None:
+    return len(value) if isinstance(value, torch.Tensor) and value.dim() else None
 
 
 def _sizes(inputs: Any, output: Any) -> _Call:
-    states: list[Any] = []
-    recursively_apply(states.append, inputs, test_type=lambda leaf: not isinstance(leaf, _STATELESS))
-    # What has a state must not be called twice for one batch.
-    first, *others = [
-        len(value) if isinstance(value, torch.Tensor) and value.dim() and not states else None
-        for value in (output, *tensors_in(inputs))
-    ]
-    return others, first
+    leaves = tree_leaves(inputs)
+    if any(not isinstance(leaf, _STATELESS) for leaf in leaves):
+        return [], None  # what has a state must not be called twice for one batch
+    return [_size(leaf) for leaf in leaves], _size(output)
 
 
 class _Run(TorchDispatchMode):
@@ -196,7 +191,8 @@ class _Run(TorchDispatchMode):
 
             def leave(module: nn.Module, args: Any, kwargs: Any, output: Any, below: str = below) -> None:
                 self.running.pop()
-                self.calls[below].append(_sizes((args, kwargs), output))
+                own = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+                self.calls[below].append(_sizes((args, own), output))
 
             self.handles.append(child.register_forward_pre_hook(enter, with_kwargs=True))
             self.handles.append(child.register_forward_hook(leave, with_kwargs=True))
