@@ -28,7 +28,7 @@ from common import read_json
 
 from hf_lottalora import RankSearch
 
-_PAGES = ("results.md", "performance.md", "architectures.md", "artifact-size.md")
+_PAGES = ("results.md", "performance.md", "architectures.md", "artifact-size.md", "many.md")
 PAGES = [Path(__file__).parents[1] / "docs" / name for name in _PAGES]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
 
@@ -85,7 +85,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "saved dtypes": lambda: saved_dtypes.table(read_json(saved_dtypes.RESULTS)["runs"]),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
-    **{script: _performance(script) for script in ("conv", "decode", "large", "scales", "step")},
+    **{script: _performance(script) for script in ("conv", "decode", "large", "many", "scales", "step")},
     "training": _performance("training", *(f"{at}/4x128" for at in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
     **{script: _performance(script, "900M") for script in ("draw", "ready")},
 }

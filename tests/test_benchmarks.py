@@ -43,6 +43,7 @@ PERFORMANCE = {
     "gpu.py": ["--scale", "3M", "--repeats", "1", "--rows", "2", "--tokens", "8", "--device", "cpu"],
     "decode.py": ["--scale", "3M", "--repeats", "1"],
     "ready.py": ["--scale", "3M", "--repeats", "1", "--ways", "artifact, packed", "checkpoint, cold"],
+    "many.py": ["--adapters", "3", "--repeats", "1"],
     "large.py": ["--layers", "1", "--tokens", "8"],
     "sharing.py": ["--scale", "3M", "--repeats", "1"],
 }

@@ -58,7 +58,8 @@ def build(kind: str, scale: str, dtype: torch.dtype, on_meta: bool | None = None
         scale: a key of `SCALES`.
         dtype: of the base model; adapters are float32, as in PEFT.
         on_meta: whether to build ours without memory for the weights; default: where they are not dense.
-        options: of `LottaLoraConfig`; embeddings and norms are frozen unless they say otherwise, as in PEFT's LoRA.
+        options: of `LottaLoraConfig`, of `LoraConfig` target_modules alone; embeddings and norms are frozen unless
+            they say otherwise, as in PEFT's LoRA.
     """
     if on_meta if on_meta is not None else options.get("residency", "dense") != "dense":
         from accelerate import init_empty_weights
@@ -70,7 +71,7 @@ def build(kind: str, scale: str, dtype: torch.dtype, on_meta: bool | None = None
         base = LlamaForCausalLM._from_config(llama_config(scale), dtype=dtype)
     if kind == "full":
         return base
-    settings: dict[str, Any] = {"r": RANK, "target_modules": "all-linear"}
+    settings: dict[str, Any] = {"r": RANK, "target_modules": options.pop("target_modules", "all-linear")}
     if kind == "peft":
         return get_peft_model(base, LoraConfig(**settings))
     settings |= {"seed": 42, "embeddings": "frozen", "norms": "frozen"}

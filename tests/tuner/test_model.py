@@ -210,24 +210,6 @@ def test_mixed_batches() -> None:
     with torch.no_grad():
         mixed = model(ids(), adapter_names=["other", "default"]).logits
     torch.testing.assert_close(mixed, torch.stack(expected), rtol=1e-4, atol=1e-5)
-    trained = get_peft_model(llama(), config()).eval()
-    with pytest.raises(ValueError, match=r"cannot mix rows while adapters \['default'\] take part"):
-        trained(ids(), adapter_names=["default", "__base__"])
-
-
-def test_mixed_batches_where_whole_tensors_are_trained_are_refused() -> None:
-    plain = {"embeddings": "frozen", "norms": "frozen", "init_lora_weights": False}
-    model = get_peft_model(llama(), config())
-    with pytest.raises(ValueError, match=r"while adapters \['default'\] take part"):
-        model(ids(), adapter_names=["__base__", "__base__"])
-    model = get_peft_model(llama(), config(**plain))
-    model.add_adapter("norms", config(**{**plain, "norms": "train"}))
-    model.set_adapter("norms")
-    with pytest.raises(ValueError, match=r"while adapters \['norms'\] take part"):
-        model(ids(), adapter_names=["default", "__base__"])
-    tied = get_peft_model(llama(), config(**{**plain, "embeddings": "lora"}))
-    with pytest.raises(ValueError, match="not supported with embeddings='lora' and a tied head"):
-        tied(ids(), adapter_names=["default", "__base__"])
 
 
 def test_what_is_not_supported_says_why() -> None:

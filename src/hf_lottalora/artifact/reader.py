@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,7 +139,8 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
         for key, value in pairs:
             if key in found:
                 refuse(f"the key {key!r} twice")
-            found[key] = value
+            # The artifacts of many adapters over one scaffold say mostly the same: it is kept once.
+            found[sys.intern(key)] = sys.intern(value) if isinstance(value, str) else value
         return found
 
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deep(data):

@@ -17,6 +17,7 @@ from peft.tuners import lora
 from torch import nn
 
 from .layer import ScaffoldLayer
+from .walk import outside_adapters
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, str]:
@@ -148,7 +149,7 @@ def unfuse(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         What was changed: module, attribute and the value to put back when the adapters are gone.
     """
     changed: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
+    for _, module in outside_adapters(model):
         attribute = next((name for kind, name in _LOOKED_AT.items() if isinstance(module, kind)), None)
         if attribute is None or not any(isinstance(part, ScaffoldLayer) for part in module.modules()):
             continue

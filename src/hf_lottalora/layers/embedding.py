@@ -14,6 +14,7 @@ from torch import nn
 from ..residency.foreign import in_memory
 from .functional import ScaledEmbedding, ScaledLinear, matmul_dtype
 from .layer import ScaffoldLayer
+from .mixed import RowAdapters
 from .rows import TrainedRows
 
 
@@ -70,10 +71,16 @@ class TiedHead(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.__dict__["embedding"] = embedding  # not a submodule: its parameters are listed once, over there
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(..., I) -> (..., vocabulary)`."""
+    def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
+        """`(..., I) -> (..., vocabulary)`, of `adapter_names` one for each row, if any are given."""
+        if adapter_names is None or self.embedding.disable_adapters:
+            return self._with(self.embedding._active(), x)
+        return RowAdapters.of(adapter_names).apart(
+            lambda name, rows: self._with([name] if self.embedding._has(name) else [], x[rows]), x.device
+        )
+
+    def _with(self, adapters: list[str], x: torch.Tensor) -> torch.Tensor:
         embedding = self.embedding
-        adapters = embedding._active()
         if embedding.disable_adapters or embedding.merged or not adapters:
             result: torch.Tensor = self.base_layer(x)
             return result

@@ -26,6 +26,7 @@ from .description import described
 from .functional import without_autocast
 from .magnitude import MagnitudeLayer
 from .merging import MergingLayer
+from .mixed import RowAdapters
 from .switches import Switches
 
 
@@ -79,6 +80,16 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
         for tensor in self.adapter_parameters(adapter_name):
             tensor.data = tensor.data.to("meta" if tensor.is_meta else device, dtype)
 
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Those of all adapters, with the adapter's name."""
+        for role in self.adapter_layer_names:
+            kept = getattr(self, role)
+            yield from kept._parameters.items()
+            for name, module in kept._modules.items():
+                # Not `parameters()` of each, which would take most of the time.
+                for tensor in module.parameters() if module._modules else module._parameters.values():
+                    yield name, tensor
+
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; all that is kept here per adapter goes with it."""
         self.switches.check("delete_adapter")
@@ -103,8 +114,15 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's. With a hundred adapters its walk through their modules takes longer than all else."""
         self.switches.check("set_adapter")
-        super().set_adapter(adapter_names, inference_mode)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, tensor in self._tensors():
+            learns = name in names and not inference_mode
+            if tensor is not None and tensor.requires_grad != learns and tensor.is_leaf:
+                tensor.requires_grad_(learns)
+        self._freeze_non_trainable_peft_weights(names)
+        self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         self.switches.check("set_requires_grad")
@@ -220,11 +238,13 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for name in filter(self._has, set(adapter_names)):
-            rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
-            result[rows] = self._in_memory(x[rows], [name], *args, **kwargs).to(result.dtype)
-        return result
+        def of(name: str, rows: torch.Tensor) -> torch.Tensor:
+            if self._has(name):
+                return self._in_memory(x[rows], [name], *args, **kwargs)
+            result: torch.Tensor = self.base_layer(x[rows], *args, **kwargs)
+            return result
+
+        return RowAdapters.of(adapter_names).apart(of, x.device)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(..., I) -> (..., O)`; for an embedding `(...) -> (..., O)`."""

@@ -56,3 +56,31 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
         pairs = [self._pair(name) for name in adapters]
         B = [B * self.scaling[name] for name, (_, B) in zip(adapters, pairs, strict=True)]
         return torch.cat([A for A, _ in pairs]), torch.cat(B, dim=1), 1.0
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """`W (beta_i x_i) + scaling_i * B_i A_i x_i` for row i: one product with W, which is read or drawn once."""
+        held = [name for name in dict.fromkeys(adapter_names) if self._has(name)]
+        if any(not self._is_plain(name) for name in held):
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        x = x.to(matmul_dtype(x))
+        none = torch.ones(1, device=x.device)
+        betas = torch.cat([self.lora_beta[name].value if self._has(name) else none for name in adapter_names])
+        y: torch.Tensor = self.base_layer((x * betas.view(-1, *(1 for _ in x.shape[1:]))).to(x.dtype), *args, **kwargs)
+        for r, scaling in dict.fromkeys((self.r[name], self.scaling[name]) for name in held):
+            alike = {name for name in held if (self.r[name], self.scaling[name]) == (r, scaling)}
+            rows = [row for row, name in enumerate(adapter_names) if name in alike]
+            # A and B once for each row, (rows, r, I) and (rows, O, r): small beside x, and two products for all.
+            A, B = (torch.stack(pairs) for pairs in zip(*(self._pair(adapter_names[row]) for row in rows), strict=True))
+            own = x if len(rows) == len(x) else x[rows]
+            low_rank = own.reshape(len(rows), -1, x.shape[-1]) @ A.to(x.dtype).mT @ B.to(x.dtype).mT * scaling
+            low_rank = low_rank.reshape(len(rows), *y.shape[1:]).to(y.dtype)
+            y = y + low_rank if own is x else y.index_add(0, torch.tensor(rows, device=y.device), low_rank)
+        return y
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether an adapter adds `scaling * B A x` to the scaled product, and nothing else happens to it."""
+        return not (
+            self.residual[name] or self.lora_bias[name] or name in {*self.lora_magnitude, *self.lora_norm_weight}
+        )

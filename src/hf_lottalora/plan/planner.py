@@ -64,7 +64,8 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig, again: bool = Fals
     if survey.inner_heads and written_by_0_1(config):
         survey = with_heads_of_0_1(survey)
     if (rows := config.padding_rows) is not None:
-        tensors_as_drawn = (replace(t, zero_row=rows.get(t.name)) for t in survey.tensors)
+        as_drawn = [(t, rows.get(t.name)) for t in survey.tensors]
+        tensors_as_drawn = (t if t.zero_row == row else replace(t, zero_row=row) for t, row in as_drawn)
         survey = replace(survey, tensors=tuple(tensors_as_drawn))
     extra = _modules_to_save(survey, config)
     _check_tied_options(survey, config, extra)

@@ -213,11 +213,11 @@ def survey_model(model: nn.Module) -> Survey:
 
 
 def with_model_dtypes(survey: Survey, model: nn.Module) -> Survey:
-    """The survey with the dtypes that the model's tensors have now."""
-    tensors = []
-    for tensor in survey.tensors:
-        owner, attribute = owner_of(model, tensor.path)
-        tensors.append(replace(tensor, dtype=getattr(owner, attribute).dtype))
+    """The survey with the dtypes that the model's tensors have now; the same one, if it has them."""
+    dtypes = [getattr(*owner_of(model, tensor.path)).dtype for tensor in survey.tensors]
+    if dtypes == [tensor.dtype for tensor in survey.tensors]:
+        return survey
+    tensors = (replace(tensor, dtype=dtype) for tensor, dtype in zip(survey.tensors, dtypes, strict=True))
     return replace(survey, tensors=tuple(tensors))
 
 

@@ -35,7 +35,7 @@ def foreign_tensors(model: nn.Module) -> dict[int, str]:
     for module in model.modules():
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         found.update({id(tensor): f"a {type(tensor).__name__}" for tensor in own if is_foreign(tensor)})
-        if has_offloaded_params(module):
+        if "_hf_hook" in vars(module) and has_offloaded_params(module):
             hook: Any = module._hf_hook
             inside = named_module_tensors(module, include_buffers=True, recurse=hook.place_submodules)
             found.update({id(tensor): OFFLOADED for _, tensor in inside if tensor.is_meta})
@@ -47,6 +47,10 @@ def in_memory(*modules: nn.Module) -> Iterator[None]:
     """Within the context, what Accelerate has offloaded of these modules is where it computes."""
     with ExitStack() as stack:
         for part in {part: None for module in modules for part in module.modules()}:
-            if has_offloaded_params(part) and any(tensor.is_meta for tensor in part.parameters()):  # else it is already
+            if (
+                "_hf_hook" in vars(part)
+                and has_offloaded_params(part)
+                and any(tensor.is_meta for tensor in part.parameters())
+            ):  # else it is already
                 stack.enter_context(align_module_device(part))
         yield

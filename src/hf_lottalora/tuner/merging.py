@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.layer import ScaffoldLayer
+from ..layers.walk import scaffold_layers
 from ..plan.plan import Plan
 from ..residency.forms import Residency, check_residency
 from .base_model import BaseTensors
@@ -103,7 +103,7 @@ class Merging:
         return model
 
     def _merged(self) -> bool:
-        return any(isinstance(module, ScaffoldLayer) and module.merged for module in self.model.modules())
+        return any(layer.merged for layer in scaffold_layers(self.model))
 
     def _restore_residency(self) -> None:
         if self.residency != "dense" and not self._merged():

@@ -21,6 +21,7 @@ from ..layers.attention import unfuse
 from ..layers.layer import ScaffoldLayer
 from ..layers.rows import TrainedRows
 from ..layers.switches import Switches
+from ..layers.walk import outside_adapters
 from ..paths import owner_of
 from ..plan.initialization import PrivateRandomness
 from ..plan.plan import PREFIX, Plan
@@ -29,6 +30,7 @@ from ..plan.survey import Survey, survey_model, with_model_dtypes
 from ..recorded import DefaultTargets
 from .base_model import BaseTensors, check_loadable, materialise
 from .merging import Merging
+from .mixing import Mixing
 from .placing import Placing, as_planned
 from .progress import progress
 from .reseed import SeedSwitching
@@ -78,6 +80,7 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         self.survey = None
         self.trained = TrainedTensors()
         self.base = BaseTensors(model, self.trained)
+        self.mixing = Mixing(model, self.trained)
         self.switches = Switches()
         self._layers_disabled = False
         self._unfused: list[tuple[nn.Module, str, Any]] = []
@@ -124,6 +127,8 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         if not first:
             self.base.check_shapes(self.first_plan)
             check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
+            if plan.scaffold == self.first_plan.scaffold:
+                plan = replace(plan, digests=self.first_plan.scaffold_digests())
         _check_rows(adapter_name, plan, model)
         check_loadable(model, plan)
         _check_task(model, config)
@@ -180,6 +185,7 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
         self._finish_adapters(model, adapter_name, plan, config, start)
         self.switches.trained |= {adapter_name} if self.trained.planned[adapter_name] else set()
         self._unfused.extend(unfuse(model))
+        self.mixing.found.clear()
         if copied is not None:
             for mine, its in zip(self._parameters_of(adapter_name), self._parameters_of(copied), strict=True):
                 mine.data = its.data.clone()  # also its dtype
@@ -265,7 +271,9 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
 
 def _check_adapter_name(adapter_name: str, model: nn.Module, adapters: Iterable[str]) -> None:
     # PEFT takes an adapter's name out of keys by matching path segments.
-    segments = {segment for name in model.state_dict() for segment in name.split(".")} | {UNDECAYED, DECAYED}
+    segments = {UNDECAYED, DECAYED}
+    for path, module in outside_adapters(model):
+        segments.update(path.split("."), module._modules, module._parameters, module._buffers)
     if adapter_name in segments - {"default", *adapters}:
         raise ValueError(
             f"An adapter cannot be called {adapter_name!r}: the model has a module or parameter of that name, and the "

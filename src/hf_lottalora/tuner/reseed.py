@@ -13,7 +13,7 @@ from torch import nn
 
 from ..artifact.manifest import check_state_dict, read_manifest
 from ..config import LottaLoraConfig
-from ..layers.layer import ScaffoldLayer
+from ..layers.walk import scaffold_layers
 from ..paths import owner_of
 from ..plan.plan import MANIFEST_KEY, Plan
 from ..plan.planner import plan_from_survey
@@ -150,7 +150,7 @@ class SeedSwitching:
     def _check_switchable(self) -> None:
         if not self.first_plan.scaffold:
             raise ValueError("This model has no scaffold to draw: it was made with redraw='none'.")
-        if any(isinstance(module, ScaffoldLayer) and module.merged for module in self.model.modules()):
+        if any(layer.merged for layer in scaffold_layers(self.model)):
             raise ValueError("Adapters are merged into the scaffold. Call unmerge_adapter() first.")
         self.base.check_shapes(self.first_plan)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +11,12 @@ import torch
 from torch import nn
 
 from ..layers.attention import ScaffoldAttention
-from ..layers.embedding import TiedHead
-from ..layers.layer import ScaffoldLayer
 from ..layers.switches import Switches
+from ..layers.walk import outside_adapters, scaffold_layers
 from ..plan.plan import Plan
 from ..residency.forms import Residency
 from ..scaffold.interrupts import uninterrupted
+from .mixing import Mixing
 from .trained import TrainedTensors
 
 
@@ -25,8 +26,10 @@ class Switching:
     model: nn.Module
     switches: Switches
     trained: TrainedTensors
+    mixing: Mixing
     plans: dict[str, Plan]
     residency: Residency
+    active_adapter: str | list[str]
     active_adapters: list[str]
     _layers_disabled: bool
     _frozen: list[torch.Tensor]  # while layers are disabled: what was not trained before
@@ -50,8 +53,14 @@ class Switching:
         owner = None if self._layers_disabled else self.trained.owner_among(names)
         self.trained.check_installable(self.model, owner)
         self._frozen = []  # another choice since
-        with self._switching():
-            super().set_adapter(adapter_name, inference_mode=inference_mode)  # type: ignore[misc]
+        with self._switching():  # PEFT's own walks through the modules of all adapters, twice
+            for layer in scaffold_layers(self.model):
+                if layer.merged:
+                    text = "Adapter cannot be set when the model is merged. Unmerging the model first."
+                    warnings.warn(text, stacklevel=2)
+                    layer.unmerge()
+                layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
         self.trained.install(self.model, owner)
         self._set_trained_grad(names, not inference_mode)
         self._restore_residency()  # PEFT has unmerged layers, and base values are back where trained copies stood
@@ -62,8 +71,12 @@ class Switching:
 
     def _switch_layers(self, enabled: bool) -> None:
         if not enabled and not self._layers_disabled:
-            layers = [module for module in self.model.modules() if isinstance(module, ScaffoldLayer)]
-            adapters = [p for layer in layers for name in layer.lora_beta for p in layer.adapter_parameters(name)]
+            adapters = [
+                p
+                for layer in scaffold_layers(self.model)
+                for name in layer.lora_beta
+                for p in layer.adapter_parameters(name)
+            ]
             trained = [p for name in self.plans for p in self.trained.parameters_of(self.model, name).values()]
             self._frozen = [parameter for parameter in (*adapters, *trained) if not parameter.requires_grad]
         self._layers_disabled = not enabled
@@ -89,9 +102,8 @@ class Switching:
 
     def _parameters_of(self, adapter_name: str) -> Iterator[torch.Tensor]:
         """All of one adapter, in an order that its plan decides."""
-        for module in self.model.modules():
-            if isinstance(module, ScaffoldLayer):
-                yield from module.adapter_parameters(adapter_name)
+        for layer in scaffold_layers(self.model):
+            yield from layer.adapter_parameters(adapter_name)
         yield from self.trained.parameters_of(self.model, adapter_name).values()
 
     def _set_trained_grad(self, adapters: list[str], requires_grad: bool) -> None:
@@ -101,7 +113,7 @@ class Switching:
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's makes new, trainable parameters of an embedding's A and B: keep what was frozen frozen."""
-        layers = [layer for layer in self.model.modules() if isinstance(layer, ScaffoldLayer)]
+        layers = scaffold_layers(self.model)
         frozen = [[not p.requires_grad for p in layer.adapter_parameters(adapter_name)] for layer in layers]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
         for layer, flags in zip(layers, frozen, strict=True):
@@ -114,6 +126,7 @@ class Switching:
         was_active = adapter_name in self.active_adapters
         with self._switching():
             super().delete_adapter(adapter_name)  # type: ignore[misc]
+        self.mixing.found.clear()
         self.switches.trained.discard(adapter_name)
         self.trained.remove(self.model, adapter_name)
         self.plans.pop(adapter_name, None)
@@ -124,26 +137,24 @@ class Switching:
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if self.residency != "dense" and torch.compiler.is_compiling():
             raise RuntimeError("torch.compile needs a scaffold in memory. Call set_residency('dense') first.")
-        names = set(kwargs.get("adapter_names") or ())
-        owners = sorted(name for name in {*names, self.trained.installed} if self.trained.planned.get(name or ""))
-        if names and owners:
-            raise ValueError(
-                f"adapter_names cannot mix rows while adapters {owners} take part: each has its own copy of whole "
-                "trained tensors (head, embeddings or norms). Run them one after the other with set_adapter."
-            )
-        attention = next((p for p, m in self.model.named_modules() if isinstance(m, ScaffoldAttention)), None)
-        if names and attention is not None:
+        names = None if self._layers_disabled else kwargs.get("adapter_names")
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)  # type: ignore[misc]
+        if names is None:
+            with hooks:
+                yield
+            return
+        attention = next((p for p, m in outside_adapters(self.model) if isinstance(m, ScaffoldAttention)), None)
+        if attention is not None:
             raise ValueError(
                 f"adapter_names is not supported with adapters on nn.MultiheadAttention, as in {attention!r}: they are "
                 "summed into its matrices, one sum for all rows. Run the adapters one after the other with set_adapter."
             )
-        if names and any(isinstance(module, TiedHead) for module in self.model.modules()):
-            raise ValueError(
-                "adapter_names is not supported with embeddings='lora' and a tied head, which has one adapter at a "
-                "time. Run the adapters one after the other with set_adapter."
-            )
-        with super()._enable_peft_forward_hooks(*args, **kwargs):  # type: ignore[misc]
-            yield
+        hooks.__enter__()
+        try:
+            with self.mixing.batch(list(names), kwargs.get("num_beams") or 1):
+                yield
+        finally:
+            hooks.__exit__(None, None, None)  # told of an error, PEFT's would leave its hooks behind
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: beta scales the scaffold itself, so a weighted sum of adapters is not an adapter of this form."""

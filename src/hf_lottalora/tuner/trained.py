@@ -139,12 +139,16 @@ class TrainedTensors(nn.Module):
         for path, tensor in {**leaving, **coming}.items():
             check_shape(model, path, tensor.survey.shape)
         for path, tensor in leaving.items():
-            if tensor.base is None and path not in coming and self.originals.get(path) is None:
-                raise ValueError(
-                    f"The pretrained value of {path!r} is needed without adapter {self.installed!r}, but the model was "
-                    "built from an artifact that has the trained value only. Build it over the base model instead: "
-                    "PeftModel.from_pretrained(base_model, path)."
-                )
+            if path not in coming:
+                self._check_base(path, tensor)
+
+    def _check_base(self, path: str, tensor: PlannedTensor) -> None:
+        if tensor.base is None and self.originals.get(path) is None:
+            raise ValueError(
+                f"The pretrained value of {path!r} is needed without adapter {self.installed!r}, but the model was "
+                "built from an artifact that has the trained value only. Build it over the base model instead: "
+                "PeftModel.from_pretrained(base_model, path)."
+            )
 
     def check_removable(self, model: nn.Module, adapter: str) -> None:
         """Whether this adapter could be removed. Changes nothing; raises as `check_installable`."""
@@ -152,11 +156,16 @@ class TrainedTensors(nn.Module):
             self.check_installable(model, None)
 
     def base_value(self, model: nn.Module, path: str) -> torch.Tensor:
-        """The value of a tensor that no adapter has trained, whatever is installed now."""
+        """The value of a tensor that no adapter has trained, whatever is installed now.
+
+        Raises:
+            ValueError: the model was built without it.
+        """
         live: torch.Tensor = getattr(*owner_of(model, path))
         tensor = self.planned.get(self.installed or "", {}).get(path)
         if tensor is None:
             return live
+        self._check_base(path, tensor)
         original = self.originals.get(path)
         return original if original is not None else _made(tensor, live)
 
