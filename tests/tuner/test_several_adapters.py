@@ -218,3 +218,27 @@ def test_a_config_object_that_was_changed_makes_no_copy() -> None:
     model.set_adapter("new")
     assert {layer.r["new"] for layer in model.modules() if hasattr(layer, "lora_beta")} == {2}
     assert set(model.get_betas().values()) == {1.0}
+
+
+def test_switching_freezes_whatever_is_not_active() -> None:
+    """Also what somebody made trainable by hand; the flags are set without PEFT's walk."""
+    model = get_peft_model(llama(), config(embeddings="lora", train_beta=False))
+    model.add_adapter("b", config(embeddings="lora", adapter_seed=3))
+    own = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    for parameter in own.values():
+        parameter.requires_grad_(True)
+    model.set_adapter("b")
+    assert {name for name in own if own[name].requires_grad} == {name for name in own if ".b" in name}
+    model.set_adapter("default")
+    fixed = {name for name in own if ".default" in name and "lora_beta" in name}
+    assert {name for name in own if own[name].requires_grad} == {n for n in own if ".default" in n} - fixed and fixed
+    model.set_adapter("b", inference_mode=True)
+    assert trained(model) == 0
+
+
+def test_the_scaffold_is_digested_once_for_all_adapters_of_its_roles() -> None:
+    model = get_peft_model(llama(), config())
+    model.add_adapter("b", config(r=2))
+    model.add_adapter("c", config(norms="frozen", embeddings="frozen"))  # its scaffold has the embedding, too
+    digests = {name: model.get_plan(name).scaffold_digests() for name in ("default", "b", "c")}
+    assert digests["b"] is digests["default"] and digests["c"].items() > digests["b"].items()

@@ -39,6 +39,7 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
     lora_beta: dict[str, AdapterTensor]  # each of them a ModuleDict
     lora_norm_weight: dict[str, AdapterTensor]
     lora_norm_bias: dict[str, AdapterTensor]
+    _active_adapter: str | list[str]
 
     # Whether the base layer computes its output by code of its own, which the adapter goes around.
     own_forward = False
