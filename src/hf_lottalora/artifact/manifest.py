@@ -2,8 +2,9 @@
 
 `PeftModel.load_adapter` on an existing adapter (Trainer's resume and load-best) never reads adapter_config.json, so
 everything that makes the model also travels inside the file, as a small uint8 tensor of JSON: the manifest. It holds
-the seed and digests of what is drawn, digests of what is saved, the options, the architecture, and one digest over all
-of it, which names the artifact. Those of version 0.1 held the seed and the digests of what is drawn.
+the seed and digests of what is drawn, digests of what is saved, how the file holds it where that is not as it is, the
+options, the architecture, and one digest over all of it, which names the artifact. Those of version 0.1 held the seed
+and the digests of what is drawn.
 """
 
 from __future__ import annotations

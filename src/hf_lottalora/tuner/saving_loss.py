@@ -35,7 +35,7 @@ def saving_loss(model: Any, save_dtype: SaveDtype, adapter_name: str | None = No
         >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
         >>> model = get_peft_model(net, LottaLoraConfig(seed=42, r=8, target_modules=["0"], modules_to_save=["1"]))
         >>> {group: loss.relative < 0.01 for group, loss in saving_loss(model, "int8").items()}
-        {'A and B': True, 'head': True}
+        {'A and B': True, 'matrices': True}
     """
     check_types({"save_dtype": save_dtype}, {"save_dtype": SaveDtype})
     tuner = tuner_of(model)
