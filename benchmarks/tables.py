@@ -1,4 +1,4 @@
-"""Write the tables of the pages in docs/ from the result files, each between its two marks.
+"""Write the tables of README.md and docs/ from the result files, each between its two marks.
 
 python benchmarks/tables.py            # rewrite the pages
 python benchmarks/tables.py --check    # only say whether they are up to date
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "paper"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import architectures
 import cifar10
+import digits_demo
 import mnist
 import mnist_ablations
 import mnist_rank_search
@@ -26,7 +28,8 @@ from common import read_json
 
 from hf_lottalora import RankSearch
 
-PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("results.md", "performance.md", "architectures.md")]
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "architectures"))]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
 
 
@@ -72,6 +75,7 @@ def _number(value: float) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "demo": lambda: f"```\n{digits_demo.table(read_json(ROOT / 'docs/assets/digits_demo.json'))}\n```",
     "architectures": lambda: "\n".join(architectures.summary(read_json(architectures.RESULTS)["models"])),
     "mnist": lambda: mnist.table(mnist.summarise(read_json(mnist.RESULTS)["runs"])),
     **{table: _ablation(table) for table in mnist_ablations.TABLES},

@@ -15,10 +15,10 @@ import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from pages import PAGES, ROOT, blocks, name
+
 TOOLS = ("python", "torchrun", "accelerate", "make", "pip")
 
 
@@ -34,18 +34,17 @@ def _commands(lines: list[str]) -> list[str]:
 def printed() -> dict[str, list[str]]:
     """Commands by the file that prints them, as shell words."""
     found = {}
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = page.read_text()
-        blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-        rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for page in PAGES:
+        shell = "".join(block.code for block in blocks(page) if block.language == "sh")
+        rest = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         inline = [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", rest)]
-        found[str(page.relative_to(ROOT))] = _commands([*"".join(blocks).splitlines(), *inline])
+        found[name(page)] = _commands([*shell.splitlines(), *inline])
     for script in sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]):
         docstring = ast.get_docstring(ast.parse(script.read_text())) or ""
         lines = [line[4:] for line in docstring.splitlines() if line.startswith("    ")]
         inline = [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", docstring)]
         found[str(script.relative_to(ROOT))] = _commands([*lines, *inline])
-    return {name: commands for name, commands in found.items() if commands}
+    return {file: commands for file, commands in found.items() if commands}
 
 
 class _Parsed(BaseException):
