@@ -22,7 +22,7 @@ demo test test-oldest smoke sweep versions fuzz kills: export HF_HUB_OFFLINE = 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install test test-oldest lint format demo smoke sweep versions fuzz kills check reproduce clean
+.PHONY: help install test test-oldest lint format demo figure docs smoke sweep versions fuzz kills check reproduce clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,7 +41,7 @@ install: $(STAMP) ## make .venv with the tested versions; the other targets do i
 
 $(STAMP): constraints.txt
 $(STAMP): CONSTRAINTS = constraints.txt
-$(STAMP): EXTRAS = dev,trl
+$(STAMP): EXTRAS = dev,docs,trl
 $(OLDEST_VENV)/.installed: constraints-oldest.txt
 $(OLDEST_VENV)/.installed: CONSTRAINTS = constraints-oldest.txt
 $(OLDEST_VENV)/.installed: EXTRAS = dev
@@ -66,6 +66,15 @@ format: $(STAMP) ## let ruff rewrite the code
 demo: $(STAMP) ## train digits from a seed, save the artifact, rebuild it in a new process
 	$(PY) examples/digits_demo.py $(DEMO_ARGS)
 
+figure: demo ## the demo's figure and numbers, as README and docs/ show them
+	cp out/digits_demo/digits_demo.png docs/assets/
+	cp out/digits_demo/summary.json docs/assets/digits_demo.json
+	$(PY) benchmarks/tables.py
+
+docs: $(STAMP) ## the documentation as a site, in out/site; no network needed
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "Open out/site/index.html"
+
 smoke: MARKED = smoke
 smoke: $(STAMP) ## tests that take long: every benchmark for a few steps, killed savers, ...: 6 minutes
 	$(PY) $(PYTEST)
@@ -86,7 +95,7 @@ versions: $(STAMP) $(OLDEST_VENV)/.installed ## artifacts of the oldest versions
 fuzz: $(STAMP) ## spoil and load ten thousand artifacts: 15 minutes
 	$(PY) tests/artifact/fuzz.py --cases 10000 --workers 2 --json out/fuzz.json
 
-check: lint demo test-oldest versions test smoke sweep ## everything that CI runs
+check: lint docs demo test-oldest versions test smoke sweep ## everything that CI runs
 
 reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DATA
 	$(PY) benchmarks/paper/mnist.py

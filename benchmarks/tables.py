@@ -1,4 +1,4 @@
-"""Write the tables of the pages in docs/ from the result files, each between its two marks.
+"""Write the tables of README.md and docs/ from the result files, each between its two marks.
 
 python benchmarks/tables.py            # rewrite the pages
 python benchmarks/tables.py --check    # only say whether they are up to date
@@ -11,12 +11,15 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "paper"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import architectures
 import cifar10
+import digits_demo
 import mnist
 import mnist_ablations
 import mnist_rank_search
@@ -24,12 +27,15 @@ import mnist_seed_gating
 import physionet
 import saved_dtypes
 import sizes
+import sst2
 from common import read_json
 
 from hf_lottalora import RankSearch
 
-_PAGES = ("results.md", "performance.md", "architectures.md", "artifact-size.md", "many.md")
-PAGES = [Path(__file__).parents[1] / "docs" / name for name in _PAGES]
+ROOT = Path(__file__).parents[1]
+_STEMS = ("results", "performance", "architectures", "artifact-size", "low-memory", "many")
+NAMES = ("README.md", *(f"docs/{stem}.md" for stem in _STEMS))
+PAGES = [ROOT / name for name in NAMES]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
 
 
@@ -49,6 +55,30 @@ def _rank_search() -> str:
 
 def _cifar10(stem: str) -> Callable[[], str]:
     return lambda: cifar10.table(read_json(cifar10.RESULTS.with_stem(stem))["runs"])
+
+
+def _controls() -> str:
+    """What the README claims: LottaLoRA beside full training, and beside the same trained parameters over zeros."""
+    lines = [
+        "| task | LottaLoRA | every weight trained | zero backbone | command |",
+        "|---|---:|---:|---:|---|",
+    ]
+    by_way = mnist.summarise(read_json(mnist.RESULTS)["runs"])
+    zeros = mnist_ablations.rows("scaffold", read_json(mnist_ablations.RESULTS)["runs"])
+    for r in (1, 8):
+        cells = [row for row in by_way if row["preset"] == "medium" and (row["r"], row["alpha"]) in ((r, "r"), (0, ""))]
+        means = {row["method"]: row["mean"] for row in cells}
+        (zero,) = (row["mean"] for row in zeros if (row["variant"], row["r"]) == ("zero", r))
+        scores = f"{means['lottalora']:.2f} % | {means['full']:.2f} % | {zero:.2f} %"
+        lines.append(f"| MNIST, r = {r} | {scores} | `mnist.py`, `mnist_ablations.py` |")
+    found = {method: 100 * row["mean"] for method, row in read_json(sst2.RESULTS)["summary"].items()}
+    scores = f"{found['lottalora']:.2f} % | {found['full']:.2f} % | {found['zero']:.2f} %"
+    lines.append(f"| sentiment of film reviews (SST-2) from scratch, r = 8 | {scores} | `sst2.py` |")
+    runs = read_json(physionet.RESULTS)["runs"].values()
+    auroc = {way: mean(run["auroc"] for run in runs if run["way"] == way) for way in ("r=1", "full", "r=1 zero")}
+    scores = " | ".join(f"{value:.3f}" for value in auroc.values())
+    lines.append(f"| mortality in intensive care, AUROC, r = 1 | {scores} | `physionet.py` |")
+    return "\n".join(lines)
 
 
 def _performance(script: str, *keys: str) -> Callable[[], str]:
@@ -75,6 +105,8 @@ def _number(value: float) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "controls": _controls,
+    "demo": lambda: f"```\n{digits_demo.table(read_json(ROOT / 'docs/assets/digits_demo.json'))}\n```",
     "architectures": lambda: "\n".join(architectures.summary(read_json(architectures.RESULTS)["models"])),
     "mnist": lambda: mnist.table(mnist.summarise(read_json(mnist.RESULTS)["runs"])),
     **{table: _ablation(table) for table in mnist_ablations.TABLES},
@@ -87,6 +119,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
     **{script: _performance(script) for script in ("conv", "decode", "large", "many", "scales", "step")},
     "training": _performance("training", *(f"{at}/4x128" for at in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
+    "training, 900M": _performance("training", "900M/bfloat16/4x128"),
     **{script: _performance(script, "900M") for script in ("draw", "ready")},
 }
 

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,7 @@ def main() -> int:
     artifact = args.output_dir / "artifact"
     data = load_data()
     summary: dict[str, Any] = {name: getattr(args, name) for name in ("seed", "r", "epochs", "learning_rate")}
+    summary["versions"] = {name: version(name) for name in ("hf-lottalora", "torch", "transformers", "peft")}
     curves: dict[str, Curve] = {}
 
     print("1. Training every weight, then only what LottaLoRA trains")

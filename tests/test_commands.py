@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tomllib
 
-from commands import ROOT, printed
+from commands import ROOT, printed, untested
 from packaging.requirements import Requirement
 
 COMMANDS = [(name, command) for name, commands in printed().items() for command in commands]
@@ -35,8 +35,12 @@ def refused(commands: list[str]) -> str:
 
 
 def test_there_are_commands() -> None:
-    assert {name for name, _ in COMMANDS} >= {"README.md", "CONTRIBUTING.md", "examples/train_glue.py"}
+    assert {name for name, _ in COMMANDS} >= {"CONTRIBUTING.md", "docs/install.md", "examples/train_glue.py"}
     assert len(of("python")) > 40 and len(of("torchrun")) >= 2 and len(of("accelerate")) >= 2 and len(of("make")) > 5
+
+
+def test_shell_blocks_have_nothing_else() -> None:
+    assert untested() == []
 
 
 def test_targets_of_make_are_there() -> None:

@@ -132,7 +132,7 @@ def train_glue_commands() -> list[tuple[str, str]]:
 
 def test_every_page_prints_every_way_to_start() -> None:
     ways = [(name, command.split()[0]) for name, command in train_glue_commands()]
-    pages = ("README.md", "examples/train_glue.py")
+    pages = ("docs/text-classification.md", "examples/train_glue.py")
     assert ways == [(page, tool) for page in pages for tool in ("python", "accelerate", "torchrun")]
 
 
@@ -156,7 +156,9 @@ def test_printed_commands(
 def test_printed_commands_of_several_processes(
     tool: str, processes: int, as_printed: Any, common: list[str], tmp_path: Path
 ) -> None:
-    (command,) = {c for name, c in train_glue_commands() if c.startswith(tool) and name == "README.md"}
+    (command,) = {
+        c for name, c in train_glue_commands() if c.startswith(tool) and name == "docs/text-classification.md"
+    }
     log = launch(as_printed(command))
     assert f"processes: {processes}," in log  # accelerate launch starts one on a CPU, as it is printed there
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())

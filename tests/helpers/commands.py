@@ -18,34 +18,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from pages import PAGES, ROOT, blocks, name
+
 TOOLS = ("python", "torchrun", "accelerate", "make", "pip")
 
 
-def _commands(lines: list[str]) -> list[str]:
+def _words(lines: list[str]) -> list[list[str]]:
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    return [
-        shlex.join(words)
-        for line in joined.splitlines()
-        if (words := shlex.split(line, comments=True)) and words[0] in TOOLS
-    ]
+    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def _commands(lines: list[str]) -> list[str]:
+    return [shlex.join(words) for words in _words(lines) if words[0] in TOOLS]
+
+
+def shell(page: Path) -> list[str]:
+    """The lines of a page's shell blocks."""
+    return [line for block in blocks(page) if block.language == "sh" for line in block.code.splitlines()]
+
+
+def untested() -> list[list[str]]:
+    """Commands in shell blocks that are of no tool whose arguments are tested."""
+    return [words for page in PAGES for words in _words(shell(page)) if words[0] not in TOOLS]
 
 
 def printed() -> dict[str, list[str]]:
     """Commands by the file that prints them, as shell words."""
     found = {}
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = page.read_text()
-        blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-        rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for page in PAGES:
+        rest = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         inline = [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", rest)]
-        found[str(page.relative_to(ROOT))] = _commands([*"".join(blocks).splitlines(), *inline])
+        found[name(page)] = _commands([*shell(page), *inline])
     for script in sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]):
         docstring = ast.get_docstring(ast.parse(script.read_text())) or ""
         lines = [line[4:] for line in docstring.splitlines() if line.startswith("    ")]
         inline = [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", docstring)]
         found[str(script.relative_to(ROOT))] = _commands([*lines, *inline])
-    return {name: commands for name, commands in found.items() if commands}
+    return {file: commands for file, commands in found.items() if commands}
 
 
 class _Parsed(BaseException):

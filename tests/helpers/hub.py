@@ -54,6 +54,12 @@ class Repo:
             raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return sha
 
+    def split(self, rest: str) -> tuple[str, str, str]:
+        """The revision that an address goes on with, its commit, and the path after it."""
+        known = [ref for ref in (*self.refs, *self.commits) if f"{rest}/".startswith(ref + "/")]
+        revision = max(known, key=len, default=rest.partition("/")[0])
+        return revision, self.sha(revision), rest[len(revision) + 1 :]
+
     def files(self, revision: str = "main") -> Files:
         return self.commits[self.sha(revision)]
 
@@ -307,9 +313,13 @@ class _Handler(BaseHTTPRequestHandler):
         names = [{"rfilename": path} for path in sorted(repo.commits[sha])]
         return {"id": repo_id, "modelId": repo_id, "sha": sha, "private": repo.private, "tags": [], "siblings": names}
 
-    def tree(self, repo_id: str, revision: str, **_: Any) -> Any:
-        files = sorted(self._repo(repo_id).files(revision).items())
-        return [{"type": "file", "path": path, "size": len(c), "oid": git_hash(c)} for path, c in files]
+    def tree(self, repo_id: str, rest: str, **_: Any) -> Any:
+        revision, sha, folder = self._repo(repo_id).split(rest)
+        files = sorted(self._repo(repo_id).commits[sha].items())
+        found = [(path, content) for path, content in files if path.startswith(f"{folder}/" if folder else "")]
+        if folder and not found:
+            raise RefusedError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
+        return [{"type": "file", "path": path, "size": len(c), "oid": git_hash(c)} for path, c in found]
 
     def refs(self, repo_id: str, **_: Any) -> Any:
         refs = {ref: sha for ref, sha in self._repo(repo_id).refs.items() if not ref.startswith("refs/")}
@@ -318,9 +328,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo_id: str, rest: str, **_: Any) -> Any:
         repo = self._repo(repo_id)
-        known = [ref for ref in (*repo.refs, *repo.commits) if rest.startswith(ref + "/")]
-        revision = max(known, key=len, default=rest.partition("/")[0])
-        sha, path = repo.sha(revision), rest[len(revision) + 1 :]
+        _, sha, path = repo.split(rest)
         content, headers = repo.commits[sha].get(path), {"X-Repo-Commit": sha}
         if content is None:
             return 404, b'{"error": "Entry not found"}', {"X-Error-Code": "EntryNotFound", **headers}

@@ -43,7 +43,8 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
 
 
 def t5() -> T5ForConditionalGeneration:
-    return T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
+    sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
 
 
 def vit() -> ViTForImageClassification:
