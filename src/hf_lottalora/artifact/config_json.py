@@ -22,7 +22,6 @@ _MAX_LAYERS = 1000  # or as many as the artifact has tensors
 _LAYERS = re.compile(r"(^|_)(layers?|depths?)$")
 _FREE = re.compile(r"theta|base|seed|token_id")  # integers that say nothing about sizes
 _ATTENTION = re.compile(r"_*(attn|experts)_implementation(_internal)?")
-_BUILT_IN = ("eager", "sdpa", "flex_attention")  # a flash_attention that is not installed comes from the hub
 
 
 def most_parameters(tensors: int) -> int:
@@ -56,10 +55,11 @@ def check_config_json(file: str | os.PathLike[str], tensors: int) -> None:
                     f"{file}: {where}: expected at most {most} in an artifact of {tensors} tensors, found {value}. Get "
                     "the file again from where it came."
                 )
-        elif isinstance(value, str) and _ATTENTION.fullmatch(key) and value not in _BUILT_IN:
+        elif isinstance(value, str) and _ATTENTION.fullmatch(key):
             raise ArtifactError(
-                f"{file}: {where}: expected none or one of {', '.join(_BUILT_IN)}, found {value!r}, which may be code "
-                "from the hub. Take it out of the file, and pass it to the loader if you want it."
+                f"{file}: {where}: expected none, since transformers does not write it, found {value!r}, which rounds "
+                "otherwise or may be code from the hub. Take it out of the file, and pass it to the loader if you want "
+                "it."
             )
         elif isinstance(value, str) and value.startswith(("hf-hub:", "hf_hub:")):
             raise ArtifactError(

@@ -20,10 +20,11 @@ from transformers import PreTrainedConfig
 _NEUTRAL = (
     "architectures", "attn_implementation", "bos_token_id", "cache", "checkpointing", "decoder_start_token_id",
     "dtype", "forced_", "id2label", "label2id", "output_attentions", "output_hidden_states", "return_dict",
-    "transformers_version", "vocab",
+    "transformers_version",
 )  # fmt: skip
-# Of those that change it in training only: a base model may have others, the artifact's own file may not.
-_TRAINING = ("dropout", "output_router", "problem_type")
+# Of those that change it in training only, or the sizes of tables, which are compared by themselves: a base model may
+# have others, the artifact's own file may not.
+_OF_FILES = ("dropout", "output_router", "problem_type", "vocab")
 
 
 def read_back(architecture: Any) -> Any:
@@ -47,12 +48,12 @@ def describe(architecture: Any) -> dict[str, Any]:
     """What the manifest of an artifact says of a configuration.
 
     Returns:
-        values: what decides, in training too, by key, parts (text, vision) as dictionaries.
+        values: what a file may not change, by key, parts (text, vision) as dictionaries.
         chosen: paths, lists of keys, of those that are not the class's default: a release that lacks them builds
             another model.
     """
-    values = decisive(architecture.to_dict(), training=True)
-    defaults = _defaults(architecture, training=True)
+    values = decisive(architecture.to_dict(), of_file=True)
+    defaults = _defaults(architecture, of_file=True)
     chosen = [list(path) for path, _ in _leaves(values) if not _holds(defaults, path, values)]
     return {"values": values, "chosen": chosen}
 
@@ -60,8 +61,8 @@ def describe(architecture: Any) -> dict[str, Any]:
 def first_contradiction(described: Mapping[str, Any], architecture: Any) -> tuple[str, Any, Any] | None:
     """The first key in which a configuration is not the one that was described, None where it builds the same.
 
-    Keys that count in training only are passed over. What only one of the two releases of transformers knows must have
-    its class's default on the other side.
+    Keys of which only the artifact's own file may not have others are passed over. What only one of the two releases of
+    transformers knows must have its class's default on the other side.
     """
     recorded, live = decisive(described["values"]), plain(architecture)
     for difference in _differences(recorded, live):
@@ -81,7 +82,7 @@ def first_edit(described: Mapping[str, Any], content: Mapping[str, Any]) -> tupl
 
     What is its class's default, need not stand in it.
     """
-    recorded, said = described["values"], decisive(content, training=True)
+    recorded, said = described["values"], decisive(content, of_file=True)
     for path, value in _leaves(said):
         if not _holds(recorded, path, said):
             return ".".join(path), _at(recorded, path) if _has(recorded, path) else UNKNOWN, value
@@ -99,12 +100,12 @@ def plain(architecture: Any) -> dict[str, Any]:
     return decisive(architecture.to_dict())
 
 
-def decisive(content: Mapping[str, Any], training: bool = False) -> dict[str, Any]:
-    """Of the content of a configuration what decides in evaluation, or also in training, as JSON has it."""
+def decisive(content: Mapping[str, Any], of_file: bool = False) -> dict[str, Any]:
+    """Of the content of a configuration what decides in evaluation, or all that a file may not change, as JSON."""
     # Through text, so that tuples and lists, numbers and strings as keys, and NaN and NaN are the same. Numbers that
     # JSON lacks as transformers writes them into files.
     text = json.dumps(content, default=str)
-    neutral = _NEUTRAL if training else _NEUTRAL + _TRAINING
+    neutral = _NEUTRAL if of_file else _NEUTRAL + _OF_FILES
     return _without(neutral, json.loads(text, parse_constant=lambda name: {"__float__": name}))
 
 
@@ -151,14 +152,14 @@ def _holds(defaults: Mapping[str, Any], path: Sequence[str], content: Mapping[st
     return _has(defaults, path) and _at(defaults, path) == _at(content, path)
 
 
-def _defaults(architecture: Any, training: bool = False) -> dict[str, Any]:
+def _defaults(architecture: Any, of_file: bool = False) -> dict[str, Any]:
     """What the class of a configuration, and those of its parts, have where nothing is said."""
     try:
-        found = decisive(type(architecture)().to_dict(), training)
+        found = decisive(type(architecture)().to_dict(), of_file)
     except Exception:  # some have none without their parts
         found = {"model_type": architecture.model_type}
     parts = {key: part for key, part in vars(architecture).items() if isinstance(part, PreTrainedConfig)}
-    return found | {key: _defaults(part, training) for key, part in parts.items()}
+    return found | {key: _defaults(part, of_file) for key, part in parts.items()}
 
 
 def canonical_json(content: Any) -> bytes:
