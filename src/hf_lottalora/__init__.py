@@ -32,6 +32,8 @@ from .scaffold.draw import FORMAT_VERSION  # noqa: E402
 from .scaffold.families import FAMILIES, Family, get_family, register_family  # noqa: E402
 from .scaffold.tensor import ScaffoldTensor  # noqa: E402
 from .tuner.distributed import RanksAgreeCallback, check_ranks_agree  # noqa: E402
+from .tuner.export import export_dense  # noqa: E402
+from .tuner.export_lora import export_lora  # noqa: E402
 from .tuner.groups import parameter_groups  # noqa: E402
 from .tuner.model import LottaLoraModel  # noqa: E402
 
@@ -53,6 +55,8 @@ __all__ = [
     "beta_report",
     "check_ranks_agree",
     "cost_report",
+    "export_dense",
+    "export_lora",
     "get_family",
     "make_plan",
     "minimum_sufficient_rank",

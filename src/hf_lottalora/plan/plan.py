@@ -24,7 +24,7 @@ PREFIX = "base_model.model."  # PEFT's prefix of every key in an adapter file
 Role = Literal["scaffold", "trained", "kept"]
 AdapterKind = Literal["linear", "conv", "embedding", "tied_head", "projection", "rows"]
 
-_SAFETENSORS_NAMES = {
+SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -289,7 +289,7 @@ class Plan(Reported):
         for key, shape in shapes.items():
             dtype = dtypes.get(key, adapter_dtype or self.adapter_dtype())
             size = math.prod(shape) * dtype.itemsize
-            entries[key] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
+            entries[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
             at += size
         header = len(json.dumps(entries, separators=(",", ":")))
         return at + 8 + -(-header // 8) * 8
