@@ -10,6 +10,7 @@ Each folder is a wing, which imports from those before it in this list and never
 - `artifact`: what is on disk and on the hub, and loading a model from nothing else.
 - `tuner`: the PEFT tuner that carries a plan out. Read `model` first.
 - `experiments`: reports, callbacks and searches over a model.
+- `cli`: what the commands of `lottalora` do; their options and help are in `hf_lottalora_cli`.
 
 `scaffold` and `layers` are the paper, the rest is plumbing. `paths` finds modules under PEFT's layers; `_registry`
 makes the method known to PEFT when the package is imported.
