@@ -43,6 +43,7 @@ PERFORMANCE = {
     "decode.py": ["--scale", "3M", "--repeats", "1"],
     "ready.py": ["--scale", "3M", "--repeats", "1", "--ways", "artifact, packed", "checkpoint, cold"],
     "large.py": ["--layers", "1", "--tokens", "8"],
+    "export.py": ["--scale", "3M"],
 }
 
 
