@@ -6,7 +6,8 @@ A Llama of the paper's 900M scale, r = 8 on all linear layers, embeddings traine
 - `export_dense, dense`, `export_dense, streamed`: ours, with the scaffold in memory, and drawn a tensor at a time;
 - `export_lora, streamed`: a base checkpoint and a LoRA adapter.
 
-Memory is the peak of RSS while it is written, above that of the model before.
+Memory is the peak of RSS while it is written, above that of the model before. glibc is told to give memory back when it
+is freed (MALLOC_MMAP_THRESHOLD_), or some of what it keeps would be counted too.
 
     python benchmarks/perf/export.py                    # 900M in bfloat16: some minutes and 4 GB of memory
     python benchmarks/perf/export.py --scale 30M --dtype float32
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -59,6 +61,7 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(args.worker, args.scale, getattr(torch, args.dtype))))
         return
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # of the fresh processes
     rows = []
     for way in args.ways:
         found = in_fresh_process(__file__, "--scale", args.scale, "--dtype", args.dtype, "--worker", way)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -51,19 +53,22 @@ class MergingLayer(lora.LoraLayer):  # type: ignore[misc]
         """
         return self._delta(self.original_weight(), adapter)
 
+    @torch.no_grad()
     def _delta(self, original: torch.Tensor, adapter: str) -> torch.Tensor:
         exact = torch.promote_types(original.dtype, torch.float32)
         A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
-        summed = self.lora_beta[adapter].value.detach().to(exact) * original.to(exact)
-        summed += self._product(A, B).mul_(
-            self.scaling[adapter]
-        )  # in place: a weight can be the largest tensor there is
+        beta = self.lora_beta[adapter].value.detach().to(exact)
+        delta = self._product(A, B).mul_(self.scaling[adapter])
+        for rows, drawn in _together(delta, original):
+            rows.add_(beta * drawn)
         if adapter in self.lora_magnitude:
-            summed = self._with_magnitude_in(summed, adapter)
+            delta = self._with_magnitude_in(delta, adapter)
         if self.residual[adapter] and self._keeps_shape:
-            identity = torch.empty_like(summed)
-            summed = summed + (nn.init.eye_(identity) if summed.dim() == 2 else self._dirac(identity))
-        return summed.sub_(original.to(exact))
+            identity = torch.empty_like(delta)
+            delta += nn.init.eye_(identity) if delta.dim() == 2 else self._dirac(identity)
+        for rows, drawn in _together(delta, original):
+            rows.sub_(drawn)
+        return delta
 
     def check_mergeable(self, adapters: list[str]) -> None:
         """Whether `merge` could add these adapters to those it has merged. Changes nothing.
@@ -119,11 +124,13 @@ class MergingLayer(lora.LoraLayer):  # type: ignore[misc]
 
     def merged_weight(self, adapters: list[str]) -> torch.Tensor:
         """What merging these adapters, and no others, makes of the base weight, at least float32. Changes nothing."""
-        original = self._original_values()
-        merged = original.to(torch.promote_types(original.dtype, torch.float32))
+        original = merged = self._original_values()
         for name in adapters:
-            merged = self._delta(original, name).add_(merged)
-        return merged
+            delta = self._delta(original, name)
+            for rows, before in _together(delta, merged):
+                rows.add_(before)
+            merged = delta
+        return merged.to(torch.promote_types(original.dtype, torch.float32))
 
     def scaled_weight(self, adapter: str) -> torch.Tensor:
         """`beta W`, at least float32: over it plain LoRA with this adapter's A and B computes the same."""
@@ -156,3 +163,9 @@ class MergingLayer(lora.LoraLayer):  # type: ignore[misc]
                 self.get_base_layer().bias.copy_(self._unmerged_bias)
         self.merged_adapters.clear()
         self._unmerged_weight = self._unmerged_bias = None
+
+
+def _together(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same rows of two tensors, some at a time: a weight can be the largest tensor there is, and have no copy."""
+    step = max(1, (1 << 20) * len(one) // max(1, one.numel()))
+    return zip(one.split(step), other.split(step), strict=True)

@@ -80,9 +80,8 @@ def export_lora(
         ...     sorted(path.name for path in export_lora(model, folder).iterdir())
         ['adapter', 'base']
     """
-    for part in (BASE, ADAPTER):
-        check_free(Path(folder, part), overwrite or part == BASE)
     target, wanted = check_free(folder, overwrite), one_dtype(dtype, None)
+    check_free(target / BASE, overwrite)
     model, beside = opened(model_or_path, loading, wanted)
     tuner = tuner_of(model)
     name = _the_one(tuner) if adapter_name is None else adapter_name
@@ -119,10 +118,8 @@ def _with_beta(layer: ScaffoldLayer, attribute: str, adapters: list[str]) -> tor
 def _check_plain(tuner: LottaLoraModel, name: str) -> None:
     if name not in tuner.plans:
         return  # is said by what follows
-    modules, adapters = dict(clean_modules(tuner.model)), tuner.plans[name].adapters
-    if all(adapter.rows for adapter in adapters):
-        raise ValueError(f"Adapter {name!r} has no A and B. Nothing was written. Use export_dense (--format dense).")
-    for adapter in adapters:
+    modules = dict(clean_modules(tuner.model))
+    for adapter in tuner.plans[name].adapters:
         reason = _not_plain(adapter, modules[adapter.module])
         if reason is None and tuner.base.layer_of(adapter.weight) is not None:
             layer = tuner.model.get_submodule(adapter.path)
