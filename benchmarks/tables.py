@@ -26,7 +26,10 @@ from common import read_json
 
 from hf_lottalora import RankSearch
 
-PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("results.md", "performance.md", "architectures.md")]
+PAGES = [
+    Path(__file__).parents[1] / "docs" / name
+    for name in ("results.md", "performance.md", "architectures.md", "export.md")
+]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
 
 
@@ -80,7 +83,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "physionet": lambda: physionet.table(read_json(physionet.RESULTS)["runs"]),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
-    **{script: _performance(script) for script in ("conv", "decode", "large", "scales", "step")},
+    **{script: _performance(script) for script in ("conv", "decode", "export", "large", "scales", "step")},
     "training": _performance("training", *(f"{at}/4x128" for at in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
     **{script: _performance(script, "900M") for script in ("draw", "ready")},
 }

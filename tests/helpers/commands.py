@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("python", "torchrun", "accelerate", "make", "pip")
+TOOLS = ("python", "torchrun", "accelerate", "make", "pip", "lottalora")
 
 
 def _commands(lines: list[str]) -> list[str]:

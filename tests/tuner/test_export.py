@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "conv": (vit, {"target_modules": ["projection"], "residency": "packed"}),
     "experts": (mixtral, {"residency": "streamed"}),
 }
-PLAIN = ("untied", "biases", "conv1d", "rows", "experts")
+PLAIN = ("untied", "biases", "conv1d", "rows")
 
 
 def made(name: str, **changes: Any) -> PeftModel:
@@ -119,7 +119,7 @@ def test_loaded_and_computing_the_same_without_this_package(tmp_path: Path) -> N
     assert int(done.stdout) == 9
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", ["untied", "biases"])
 def test_a_plain_adapter_has_a_and_b_as_they_are(name: str, tmp_path: Path) -> None:
     model = made(name)
     export_lora(model, tmp_path, base_name="user/base")

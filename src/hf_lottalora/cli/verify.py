@@ -56,6 +56,8 @@ def verify(
         model = load_model(path, subfolder=where.get("subfolder"), residency=residency, base_model=base_model, **hub)
         model.base_model.verify_scaffold(full=True)
     except ValueError as error:
+        if isinstance(error.__cause__, OSError):  # the base model could not be read
+            raise
         return _failed(data, "scaffold", error)
     scaffold = model.base_model.get_plan().scaffold
     found = {"tensors": len(scaffold), "weights": sum(spec.numel for spec in scaffold.values())}
