@@ -123,6 +123,7 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/perf/decode.py
 	$(PY) benchmarks/perf/decode.py --scale 300M
 	$(PY) benchmarks/perf/large.py
+	$(PY) benchmarks/perf/export.py
 	$(PY) benchmarks/perf/many.py
 	$(PY) benchmarks/perf/scales.py
 	$(PY) benchmarks/perf/sharing.py

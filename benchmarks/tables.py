@@ -33,7 +33,7 @@ from common import read_json
 from hf_lottalora import RankSearch
 
 ROOT = Path(__file__).parents[1]
-_STEMS = ("results", "performance", "architectures", "artifact-size", "low-memory", "many")
+_STEMS = ("results", "performance", "architectures", "artifact-size", "export", "low-memory", "many")
 NAMES = ("README.md", *(f"docs/{stem}.md" for stem in _STEMS))
 PAGES = [ROOT / name for name in NAMES]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
@@ -117,7 +117,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "saved dtypes": lambda: saved_dtypes.table(read_json(saved_dtypes.RESULTS)["runs"]),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
-    **{script: _performance(script) for script in ("conv", "decode", "large", "many", "scales", "step")},
+    **{script: _performance(script) for script in ("conv", "decode", "export", "large", "many", "scales", "step")},
     "training": _performance("training", *(f"{at}/4x128" for at in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
     "training, 900M": _performance("training", "900M/bfloat16/4x128"),
     **{script: _performance(script, "900M") for script in ("draw", "ready")},

@@ -46,6 +46,7 @@ PERFORMANCE = {
     "many.py": ["--adapters", "3", "--repeats", "1"],
     "large.py": ["--layers", "1", "--tokens", "8"],
     "sharing.py": ["--scale", "3M", "--repeats", "1"],
+    "export.py": ["--scale", "3M"],
 }
 
 

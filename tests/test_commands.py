@@ -11,9 +11,13 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from typing import Any
 
 from commands import ROOT, printed, untested
 from packaging.requirements import Requirement
+from typer.main import get_command
+
+from hf_lottalora_cli import app
 
 COMMANDS = [(name, command) for name, commands in printed().items() for command in commands]
 
@@ -53,11 +57,25 @@ def test_scripts_take_the_arguments_that_are_printed_with_them() -> None:
     dry = subprocess.run(["make", "--dry-run", "reproduce"], cwd=ROOT, capture_output=True, text=True, check=True)
     reproduced = [line for line in dry.stdout.splitlines() if "benchmarks/" in line]
     assert len(reproduced) > 20
-    commands = [shlex.join(words) for _, words in of("python") if "train_glue.py" not in words[1]]
+    commands = [shlex.join(words) for _, words in of("python") if words[1] != "-m" and "train_glue.py" not in words[1]]
     wrong = ["python benchmarks/paper/mnist.py --no_such 1", "python benchmarks/paper/cli.py --r 1"]  # would be found
     found = refused([*dict.fromkeys([*commands, *reproduced]), *wrong]).splitlines()
     assert found[0].startswith(f"{wrong[0]}: SystemExit(2)")
     assert found[-1] == f"{wrong[1]}: read no arguments" and not any("benchmarks" in line for line in found[1:-1])
+
+
+def test_commands_of_ours_take_the_arguments_that_are_printed_with_them() -> None:
+    ours: Any = get_command(app)
+    examples = [line for command in ours.commands.values() for line in command.help.splitlines()]
+    examples = [shlex.split(line) for line in examples if line.strip().startswith("lottalora ")]
+    wrong = ["lottalora", "inspect", "here", "--no-such"]  # would be found
+    found = []
+    for _, name, *arguments in [*(words for _, words in of("lottalora") if len(words) > 1), *examples, wrong]:
+        try:
+            ours.commands[name].make_context(name, arguments)
+        except Exception as error:  # of click, or of the copy of it that typer has
+            found.append((name, str(error)))
+    assert len(examples) > 12 and [name for name, _ in found] == ["inspect"] and "--no-such" in found[0][1]
 
 
 def test_what_pip_installs_is_in_pyproject() -> None:

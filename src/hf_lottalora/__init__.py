@@ -10,6 +10,7 @@ Each folder is a wing, which imports from those before it in this list and never
 - `artifact`: what is on disk and on the hub, and loading a model from nothing else.
 - `tuner`: the PEFT tuner that carries a plan out. Read `model` first.
 - `experiments`: reports, callbacks and searches over a model.
+- `cli`: what the commands of `lottalora` do; their options and help are in `hf_lottalora_cli`.
 
 `scaffold` and `layers` are the paper, the rest is plumbing. `paths` finds modules under PEFT's layers; `_registry`
 makes the method known to PEFT when the package is imported.
@@ -32,6 +33,8 @@ from .scaffold.draw import FORMAT_VERSION  # noqa: E402
 from .scaffold.families import FAMILIES, Family, get_family, register_family  # noqa: E402
 from .scaffold.tensor import ScaffoldTensor  # noqa: E402
 from .tuner.distributed import RanksAgreeCallback, check_ranks_agree  # noqa: E402
+from .tuner.export import export_dense  # noqa: E402
+from .tuner.export_lora import export_lora  # noqa: E402
 from .tuner.groups import parameter_groups  # noqa: E402
 from .tuner.model import LottaLoraModel  # noqa: E402
 from .tuner.saving_loss import saving_loss  # noqa: E402
@@ -54,6 +57,8 @@ __all__ = [
     "beta_report",
     "check_ranks_agree",
     "cost_report",
+    "export_dense",
+    "export_lora",
     "get_family",
     "make_plan",
     "minimum_sufficient_rank",

@@ -20,7 +20,7 @@ from typing import Any
 
 from pages import PAGES, ROOT, blocks, name
 
-TOOLS = ("python", "torchrun", "accelerate", "make", "pip")
+TOOLS = ("python", "torchrun", "accelerate", "make", "pip", "lottalora")
 
 
 def _words(lines: list[str]) -> list[list[str]]:

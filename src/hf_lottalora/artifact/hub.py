@@ -21,7 +21,7 @@ from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-_OF_CLIENT: Any = HfHubHTTPError.__bases__[0]  # what the HTTP client raises, httpx or httpx2
+CLIENT_ERROR: Any = HfHubHTTPError.__bases__[0]  # what the HTTP client raises, httpx or httpx2
 
 
 def download(repo_id: str, filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
@@ -44,7 +44,7 @@ def download(repo_id: str, filename: str, subfolder: str | None = None, **hub: A
         raise OSError(reason(error, repo_id, name, options.get("revision"))) from error
     except EntryNotFoundError:
         return None
-    except (OSError, ValueError, RuntimeError, _OF_CLIENT) as error:  # huggingface_hub 1's tries again, closed
+    except (OSError, ValueError, RuntimeError, CLIENT_ERROR) as error:  # huggingface_hub 1's tries again, closed
         raise OSError(reason(error, repo_id, name, options.get("revision"))) from error
 
 

@@ -32,7 +32,9 @@ CARD = "README.md"
 
 
 @contextmanager
-def staged(save_directory: str | os.PathLike[str], plans: Mapping[str, Plan]) -> Iterator[str]:
+def staged(
+    save_directory: str | os.PathLike[str], plans: Mapping[str, Plan], needed: int | None = None
+) -> Iterator[str]:
     """A folder to write an artifact into. It becomes `save_directory` at the end; after an error, nothing has changed.
 
     Files there that the new artifact does not have stay, such as a tokenizer.
@@ -40,6 +42,7 @@ def staged(save_directory: str | os.PathLike[str], plans: Mapping[str, Plan]) ->
     Args:
         save_directory: created where it is missing.
         plans: of the adapters that are written, by name; all but "default" have a folder of that name in it.
+        needed: bytes that are written, by default those of these plans.
 
     Raises:
         ValueError: pickled weights are there.
@@ -68,10 +71,11 @@ def staged(save_directory: str | os.PathLike[str], plans: Mapping[str, Plan]) ->
             if not _is_of_a_full_disk(error):
                 raise
             shutil.rmtree(stage, ignore_errors=True)
-            needed = sum(plan.artifact_bytes() for plan in plans.values())
+            if needed is None:
+                needed = sum(plan.artifact_bytes() for plan in plans.values())
             raise OSError(
                 errno.ENOSPC,
-                f"No space left on the device: the artifact needs about {needed:,} bytes beside the one it replaces, "
+                f"No space left on the device: what is written needs about {needed:,} bytes beside what it replaces, "
                 f"{shutil.disk_usage(target).free:,} are free. What was in the folder is unchanged. Free some space, "
                 "or save elsewhere",
                 str(target),
@@ -85,6 +89,22 @@ def staged(save_directory: str | os.PathLike[str], plans: Mapping[str, Plan]) ->
                 path.rmdir()
         raise
     shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_empty(folder: str | os.PathLike[str], overwrite: bool) -> Path:
+    """The folder, if it can be written to: there is none yet or nothing in it, or `overwrite` is on.
+
+    Raises:
+        FileExistsError: it has files, or is one.
+    """
+    target = Path(folder)
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file, expected a folder to write to. Nothing was written.")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(
+            f"{target} is not empty. Nothing was written. Take another folder, or pass overwrite=True (--force)."
+        )
+    return target
 
 
 def _is_of_a_full_disk(error: Exception) -> bool:

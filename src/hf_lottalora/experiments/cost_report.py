@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers.layer import ScaffoldLayer
+from ..plan.plan import Plan
 from ..tuner.model import tuner_of
 
 if TYPE_CHECKING:
@@ -97,7 +98,15 @@ def cost_report(model: PeftModel, batch: Mapping[str, Any] | None = None) -> Cos
         )
     if batch is not None and not any(isinstance(value, torch.Tensor) for value in batch.values()):
         raise ValueError(f"The batch has no tensors: {dict(batch)!r}.")
-    plan = tuner.get_plan()
+    report = plan_costs(tuner.get_plan(), None if batch is None else _tokens(batch))
+    if batch is None:
+        return report
+    full, ours = (_counted(model, batch, full) for full in (True, False))
+    return replace(report, full_flops_counted=full, flops_counted=ours)
+
+
+def plan_costs(plan: Plan, tokens: int | None) -> CostReport:
+    """Costs that a plan says, for steps of so many tokens; without what only a forward pass can count."""
     tensors = [tensor for tensor in plan.tensors if tensor.survey.kind != "buffer"]
     everything = sum(tensor.survey.numel for tensor in tensors)
     internal = sum(
@@ -106,12 +115,11 @@ def cost_report(model: PeftModel, batch: Mapping[str, Any] | None = None) -> Cos
         if tensor.survey.kind != "embedding" and not tensor.survey.in_head and not tensor.survey.tied_head
     )
     adapters, trained = plan.adapter_parameters, plan.trainable_parameters
-    tokens = None if batch is None else _tokens(batch)
     return CostReport(
         full_flops=None if tokens is None else 6.0 * tokens * internal,
         flops=None if tokens is None else tokens * (4.0 * internal + 2.0 * adapters),
-        full_flops_counted=None if batch is None else _counted(model, batch, full=True),
-        flops_counted=None if batch is None else _counted(model, batch, full=False),
+        full_flops_counted=None,
+        flops_counted=None,
         full_bytes=16 * internal,
         bytes=2 * internal + 14 * adapters,
         full_bytes_counted=16 * everything,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..residency.foreign import is_foreign, values_of
+from ..residency.virtual_weight import VirtualWeight
 from ..scaffold.tensor import ScaffoldTensor
 
 
@@ -38,36 +41,62 @@ class MergingLayer(lora.LoraLayer):  # type: ignore[misc]
             raise RuntimeError("The weight under a merged adapter is gone; load the base model again.")
         return self.scaffold.draw(weight.dtype, weight.device)
 
+    def _original_values(self) -> torch.Tensor:
+        """The same as an ordinary tensor, so that a weight that is not in memory is drawn once for all that follows."""
+        original = self.original_weight()
+        return original.dense() if isinstance(original, VirtualWeight) else original
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging adds to W: `(beta - 1) W + scaling * B A`, with DoRA's magnitude and the residual if on.
 
         In float32 (float64 for a float64 layer), in the layout of W.
         """
-        original = self.original_weight()
+        return self._delta(self.original_weight(), adapter)
+
+    @torch.no_grad()
+    def _delta(self, original: torch.Tensor, adapter: str) -> torch.Tensor:
         exact = torch.promote_types(original.dtype, torch.float32)
         A, B = (tensor.detach().to(exact) for tensor in self._pair(adapter))
-        product = self._product(A, B) * self.scaling[adapter]
-        summed = self.lora_beta[adapter].value.detach().to(exact) * original.to(exact) + product
+        beta = self.lora_beta[adapter].value.detach().to(exact)
+        delta = self._product(A, B).mul_(self.scaling[adapter])
+        for rows, drawn in _together(delta, original):
+            rows.add_(beta * drawn)
         if adapter in self.lora_magnitude:
-            summed = self._with_magnitude_in(summed, adapter)
+            delta = self._with_magnitude_in(delta, adapter)
         if self.residual[adapter] and self._keeps_shape:
-            identity = torch.empty_like(summed)
-            summed = summed + (nn.init.eye_(identity) if summed.dim() == 2 else self._dirac(identity))
-        return summed - original.to(exact)
+            identity = torch.empty_like(delta)
+            delta += nn.init.eye_(identity) if delta.dim() == 2 else self._dirac(identity)
+        for rows, drawn in _together(delta, original):
+            rows.sub_(drawn)
+        return delta
+
+    def check_mergeable(self, adapters: list[str]) -> None:
+        """Whether `merge` could add these adapters to those it has merged. Changes nothing.
+
+        Raises:
+            ValueError: an adapter has a LayerNorm, or a bias where the layer has none, or a residual that no kernel can
+                contain, or several do not add up.
+        """
+        self._check_together([*self.merged_adapters, *adapters])
+        if any(name in self.lora_norm_weight for name in adapters):
+            raise ValueError(f"Adapters {adapters} have a LayerNorm after the layer, which no weight can contain.")
+        if any(self.lora_bias.get(name) for name in adapters) and self.get_base_layer().bias is None:
+            raise ValueError(f"Adapters {adapters} have lora_bias=True, and the layer has no bias to merge it into.")
+        shape = self.get_base_layer().weight.shape
+        if any(self.residual.get(name) for name in adapters) and self._keeps_shape and len(shape) > 2:
+            self._dirac(torch.empty(shape, device="meta"))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """W <- beta W + scaling * B A, summed in float32 and rounded once.
 
         Raises:
-            ValueError: an adapter has a LayerNorm, several do not add up, the weight is of a class that PEFT cannot
-                quantise again, or with `safe_merge` the merged weight is not finite; nothing was changed.
+            ValueError: as `check_mergeable`, the weight is of a class that PEFT cannot quantise again, or with
+                `safe_merge` the merged weight is not finite; nothing was changed.
         """
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) or [] if self._has(name)]
         if not adapters:
             return
-        self._check_together([*self.merged_adapters, *adapters])
-        if any(name in self.lora_norm_weight for name in adapters):
-            raise ValueError(f"Adapters {adapters} have a LayerNorm after the layer, which no weight can contain.")
+        self.check_mergeable(adapters)
         weight = self.get_base_layer().weight
         quantised = is_foreign(weight)
         if quantised and self.quantization_backend is None:
@@ -76,8 +105,8 @@ class MergingLayer(lora.LoraLayer):  # type: ignore[misc]
                 "the base model with transformers' quantization_config (torchao), or without quantisation."
             )
         original = self.original_weight()
-        merged = self._merged_weight([*self.merged_adapters, *adapters])
-        bias = self._merged_bias([*self.merged_adapters, *adapters])
+        merged = self.merged_weight([*self.merged_adapters, *adapters])
+        bias = self.merged_bias([*self.merged_adapters, *adapters])
         if safe_merge and not (torch.isfinite(merged).all() and (bias is None or torch.isfinite(bias).all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
         if not self.merged and not (self.scaffold is not None and self.scaffold.is_in(original)):
@@ -93,20 +122,25 @@ class MergingLayer(lora.LoraLayer):  # type: ignore[misc]
                 self.get_base_layer().bias.copy_(bias)
         self.merged_adapters.extend(adapters)
 
-    def _merged_weight(self, adapters: list[str]) -> torch.Tensor:
-        """What merging makes of the base weight, at least float32."""
-        original = self.original_weight()
-        merged = original.to(torch.promote_types(original.dtype, torch.float32))
+    def merged_weight(self, adapters: list[str]) -> torch.Tensor:
+        """What merging these adapters, and no others, makes of the base weight, at least float32. Changes nothing."""
+        original = merged = self._original_values()
         for name in adapters:
-            merged = merged + self.get_delta_weight(name)
-        return merged
+            delta = self._delta(original, name)
+            for rows, before in _together(delta, merged):
+                rows.add_(before)
+            merged = delta
+        return merged.to(torch.promote_types(original.dtype, torch.float32))
 
-    def _merged_bias(self, adapters: list[str]) -> torch.Tensor | None:
-        """What merging makes of the base bias, None where no adapter has a bias."""
+    def scaled_weight(self, adapter: str) -> torch.Tensor:
+        """`beta W`, at least float32: over it plain LoRA with this adapter's A and B computes the same."""
+        original = self._original_values()
+        return self.lora_beta[adapter].value.detach() * original.to(torch.promote_types(original.dtype, torch.float32))
+
+    def merged_bias(self, adapters: list[str]) -> torch.Tensor | None:
+        """What it makes of the base bias, None where no adapter has a bias."""
         if not any(self.lora_bias.get(name) for name in adapters):
             return None
-        if self.get_base_layer().bias is None:
-            raise ValueError(f"Adapters {adapters} have lora_bias=True, and the layer has no bias to merge it into.")
         bias = self.original_bias()
         bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
         for name in adapters:
@@ -129,3 +163,9 @@ class MergingLayer(lora.LoraLayer):  # type: ignore[misc]
                 self.get_base_layer().bias.copy_(self._unmerged_bias)
         self.merged_adapters.clear()
         self._unmerged_weight = self._unmerged_bias = None
+
+
+def _together(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same rows of two tensors, some at a time: a weight can be the largest tensor there is, and have no copy."""
+    step = max(1, (1 << 20) * len(one) // max(1, one.numel()))
+    return zip(one.split(step), other.split(step), strict=True)

@@ -82,14 +82,18 @@ class TrainedRows(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
             y = y.index_copy(-1, ids, F.linear(x, rows, None if bias is None else bias[ids]))
         return y
 
-    def _merged_weight(self, adapters: list[str]) -> torch.Tensor:
-        original = self.original_weight()
+    def merged_weight(self, adapters: list[str]) -> torch.Tensor:
+        original = self._original_values()
         merged = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
         for name in adapters:
             merged[self._ids(name)] = self.lora_rows[name].detach().to(merged.dtype)
         return merged
 
+    def scaled_weight(self, adapter: str) -> torch.Tensor:
+        """The table with the adapter's rows: there is nothing else of it."""
+        return self.merged_weight([adapter])
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging adds to the table: nothing but for the adapter's rows."""
-        merged = self._merged_weight([adapter])
+        merged = self.merged_weight([adapter])
         return merged - self.original_weight().to(merged.dtype)

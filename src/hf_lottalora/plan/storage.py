@@ -41,7 +41,7 @@ _OF_ADAPTERS: dict[str, tuple[str, int | None]] = {
 }
 _OF_KINDS = {"embedding": "embeddings", "norm": "norms", "bias": "biases", "parameter": "parameters"}
 
-_SAFETENSORS_NAMES = {
+SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -158,6 +158,6 @@ def file_bytes(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> in
     at = 0
     for key, (dtype, shape) in entries.items():
         size = math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
+        header[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
         at += size
     return at + 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8

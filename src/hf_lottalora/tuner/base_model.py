@@ -232,17 +232,22 @@ class BaseTensors:
             f"{spec.family!r}. Nothing was loaded. Load it into a model with the same scaffold (see set_scaffold_seed)."
         )
 
-    def _merged_layer(self, path: str) -> tuple[ScaffoldLayer, str] | None:
-        """The layer that has merged adapters into this tensor, and whether it is its weight or bias."""
+    def layer_of(self, path: str) -> tuple[ScaffoldLayer, str] | None:
+        """The layer whose weight or bias this tensor is, and which of the two; None where no adapter stands there."""
         owner, _, attribute = path.rpartition(".")
         layer = self.model.get_submodule(owner)
         if isinstance(layer, ScaffoldAttention):
             name, _, attribute = attribute.rpartition("_")
             layer = layer._modules.get(name) or layer
-        if not isinstance(layer, ScaffoldLayer) or not layer.merged:
+        return (layer, attribute) if isinstance(layer, ScaffoldLayer) and attribute in ("weight", "bias") else None
+
+    def _merged_layer(self, path: str) -> tuple[ScaffoldLayer, str] | None:
+        """The layer that has merged adapters into this tensor, and whether it is its weight or bias."""
+        found = self.layer_of(path)
+        if found is None or not found[0].merged:
             return None
-        changed = attribute == "weight" or (attribute == "bias" and layer._unmerged_bias is not None)
-        return (layer, attribute) if changed else None
+        layer, attribute = found
+        return found if attribute == "weight" or layer._unmerged_bias is not None else None
 
     def _state_path(self, path: str) -> str:
         """The path that a base tensor has now that PEFT has wrapped some modules."""
