@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -10,16 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, bert, config, gpt2, ids, llama, logits, mlp, perturb, vit
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from hf_lottalora import export_dense, export_lora
-from hf_lottalora.artifact.checkpoint import Checkpoint, TensorFile
+from hf_lottalora.artifact.checkpoint import Checkpoint
+from hf_lottalora.artifact.tensor_file import TensorFile
+from hf_lottalora.paths import owner_of
 
 
 def mixtral() -> MixtralForCausalLM:
@@ -291,3 +297,29 @@ def test_names_of_a_pretrained_model_stay(tmp_path: Path) -> None:
     export_dense(model, tmp_path / "out")
     assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "base").keys()
     assert any(".experts.3.w1.weight" in key for key in tensors(tmp_path / "out"))
+
+
+@pytest.mark.smoke
+def test_names_that_transformers_converts(tmp_path: Path) -> None:
+    """The files of small models of all architectures whose checkpoints have other names than the model."""
+    recorded = json.loads(architectures.RESULTS.read_text())["models"]
+    wrong, tried = [], 0
+    for model_type, entry in recorded.items():
+        if not entry["runs"] or not get_checkpoint_conversion_mapping(model_type):
+            continue
+        try:
+            model = architectures.built(getattr(transformers, entry["class"]), model_type)
+        except Exception:  # another transformers, which does not have it
+            continue
+        live = {name: getattr(*owner_of(model, name)).detach() for name in model.state_dict()}
+        ids = {name: id(getattr(*owner_of(model, name))) for name in live}
+        empty = {ids[name]: torch.empty_like(live[name], device="meta") for name in live}
+        ours, theirs = tmp_path / model_type / "ours", tmp_path / model_type / "theirs"
+        ours.mkdir(parents=True)
+        checkpoint = Checkpoint(model, {name: empty[ids[name]] for name in live})
+        checkpoint.write(ours, live.__getitem__, "1GB", lambda count: None)
+        model.save_pretrained(theirs)
+        name, tried = "model.safetensors", tried + 1
+        wrong += [model_type] if (ours / name).read_bytes() != (theirs / name).read_bytes() else []
+        shutil.rmtree(tmp_path / model_type)
+    assert not wrong and tried > 20

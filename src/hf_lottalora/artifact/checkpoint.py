@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..plan.report import name_of
 from ..plan.storage import SAFETENSORS_NAMES
 from .hollow import hollow
-
-_COPIED = 1 << 24  # bytes that are copied at once on their way from an accelerator or out of a view
+from .tensor_file import TensorFile
 
 
 class _Traced(torch.Tensor):
@@ -52,10 +50,12 @@ class Part:
     Attributes:
         sources: names in the model.
         tensors: on the meta device, by their names in the checkpoint.
+        as_it_is: whether it is one tensor of the model, perhaps under another name.
     """
 
     sources: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
+    as_it_is: bool
 
 
 class Checkpoint:
@@ -78,6 +78,9 @@ class Checkpoint:
         """
         self._twin = _twin_of(model)
         state = self._twin.state_dict()
+        parameters = dict(self._twin.named_parameters(remove_duplicate=False))
+        for name in state.keys() - parameters.keys():  # transformers 5.0 takes all that is on the meta device for those
+            state[name] = torch.empty_like(state[name], device="cpu") if state[name].is_meta else state[name]
         for name, tensor in state.items():
             found = tensors.get(name)
             if found is None or found.shape != tensor.shape:
@@ -103,7 +106,20 @@ class Checkpoint:
         for name in kept:
             traced[name] = torch.empty_like(tensors[name], device="meta").as_subclass(_Traced)
             traced[name].sources = frozenset((name,))
-        self.parts = _parts(revert_weight_conversion(self._twin, traced), type(model).__name__)
+        # It takes entries out of what it is given.
+        self.parts = _parts(revert_weight_conversion(self._twin, dict(traced)), traced, type(model).__name__)
+        for part in self.parts:
+            if not part.as_it_is and self._converted(part, traced.__getitem__).keys() != part.tensors.keys():
+                raise ValueError(
+                    f"transformers makes {next(iter(part.tensors))!r} of a {type(model).__name__} when it saves it, in "
+                    "a way that cannot be followed a tensor at a time. Use merge_and_unload() and save_pretrained."
+                )
+
+    def _converted(self, part: Part, value_of: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        values = {name: value_of(name) for name in part.sources}
+        if part.as_it_is:
+            return {next(iter(part.tensors)): values.pop(part.sources[0])}
+        return dict(revert_weight_conversion(self._twin, values))
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -140,7 +156,7 @@ class Checkpoint:
             for name, keys in split.filename_to_tensors.items()
         }
         for part in self.parts:
-            values = revert_weight_conversion(self._twin, {name: value_of(name) for name in part.sources})
+            values = self._converted(part, value_of)
             for name in part.tensors:
                 value = values.pop(name)
                 files[split.tensor_to_filename[name]].write(name, value)
@@ -151,42 +167,6 @@ class Checkpoint:
             index = {"metadata": {"total_parameters": total, **split.metadata}, "weight_map": split.tensor_to_filename}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
-
-
-class TensorFile:
-    """A safetensors file whose tensors are written one by one, in any order."""
-
-    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the header, and make the file as long as it will be.
-
-        Args:
-            path: of the file.
-            tensors: what it will contain, on the meta device.
-        """
-        self.path, self._at, at = path, dict[str, int](), 0
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        # The order of safetensors, by which each tensor is aligned.
-        for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
-            tensor = tensors[name]
-            self._at[name], end = at, at + math.prod(tensor.shape) * tensor.dtype.itemsize
-            entry = {"dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-            header[name], at = entry, end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(self._start + at)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the values of one tensor, on any device."""
-        with self.path.open("r+b") as file:
-            file.seek(self._start + self._at[name])
-            rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
-            step = max(1, _COPIED * len(rows) // max(1, rows.nbytes))
-            for first in range(0, len(rows), step):
-                piece = rows[first : first + step].cpu().contiguous()
-                file.write(memoryview(piece.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
 def described(model: PreTrainedModel, dtype: torch.dtype | None) -> Any:
@@ -223,17 +203,21 @@ def _check_ties(
             )
 
 
-def _parts(converted: Mapping[str, torch.Tensor], class_name: str) -> list[Part]:
+def _parts(converted: Mapping[str, torch.Tensor], traced: Mapping[str, torch.Tensor], class_name: str) -> list[Part]:
     """What has a source in common is one part."""
     by_source: dict[str, Part] = {}
     for name, tensor in converted.items():
         sources = tensor.sources if isinstance(tensor, _Traced) else frozenset()
         if not sources:
-            raise ValueError(f"transformers makes {name!r} of a {class_name} when it saves it, in a way unknown here.")
+            raise ValueError(
+                f"transformers makes {name!r} of a {class_name} when it saves it, in a way that cannot be followed. "
+                "Use merge_and_unload() and save_pretrained."
+            )
         joined = {id(part): part for part in map(by_source.get, sorted(sources)) if part is not None}
         tensors = {key: value for part in joined.values() for key, value in part.tensors.items()}
         # A tensor of its own size: of a view the whole would be counted.
         tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         sources = sources.union(*(part.sources for part in joined.values()))
-        by_source.update(dict.fromkeys(sources, Part(tuple(sorted(sources)), tensors)))
+        as_it_is = len(tensors) == len(sources) == 1 and tensor is traced[next(iter(sources))]
+        by_source.update(dict.fromkeys(sources, Part(tuple(sorted(sources)), tensors, as_it_is)))
     return list({id(part): part for part in by_source.values()}.values())
