@@ -95,6 +95,7 @@ def test_the_sweep_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert "4 model types, of which 3 build and run here" in done.stdout and "2/2" in done.stderr
 
 
+@pytest.mark.smoke
 def test_the_page_of_results_is_that_of_the_files() -> None:
     done = subprocess.run([sys.executable, "tables.py", "--check"], cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -57,7 +57,11 @@ def test_scripts_take_the_arguments_that_are_printed_with_them() -> None:
     dry = subprocess.run(["make", "--dry-run", "reproduce"], cwd=ROOT, capture_output=True, text=True, check=True)
     reproduced = [line for line in dry.stdout.splitlines() if "benchmarks/" in line]
     assert len(reproduced) > 20
-    commands = [shlex.join(words) for _, words in of("python") if words[1] != "-m" and "train_glue.py" not in words[1]]
+    commands = [
+        shlex.join(words)
+        for _, words in of("python")
+        if len(words) > 1 and words[1] != "-m" and "train_glue.py" not in words[1]
+    ]
     wrong = ["python benchmarks/paper/mnist.py --no_such 1", "python benchmarks/paper/cli.py --r 1"]  # would be found
     found = refused([*dict.fromkeys([*commands, *reproduced]), *wrong]).splitlines()
     assert found[0].startswith(f"{wrong[0]}: SystemExit(2)")

@@ -149,7 +149,7 @@ def test_a_base_model_is_named_where_its_weights_are_used(tmp_path: Path, option
         assert not card_errors(card)
 
 
-@pytest.mark.parametrize("revision", ["main", "other"])
+@pytest.mark.parametrize("revision", ["main", pytest.param("other", marks=pytest.mark.smoke)])
 def test_the_pushed_snippet_runs_when_pasted(hub: Hub, revision: str) -> None:
     model = get_peft_model(llama(), config()).eval()
     perturb(model)

@@ -25,7 +25,8 @@ from hub import Hub
 from pages import PAGES, Block, blocks, name
 
 RUN = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
-SLOW = {"paper", "speech", "images"}  # pages that take several seconds: `make smoke` runs them
+# Pages that take several seconds: `make smoke` runs them.
+SLOW = {"causal-lm", "images", "paper", "quickstart", "seq2seq", "share", "speech", "text-classification"}
 
 
 def run(code: list[Block]) -> None:

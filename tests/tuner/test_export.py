@@ -109,6 +109,7 @@ print(len(expected))
 """
 
 
+@pytest.mark.smoke
 def test_loaded_and_computing_the_same_without_this_package(tmp_path: Path) -> None:
     autos = {"biases": "AutoModelForSequenceClassification"}
     expected = {}

@@ -24,7 +24,10 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+LONG = {"llama, embeddings adapted", "llama, dropout", "bert"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.smoke] * (name in LONG)) for name in MODELS])
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.smoke), "aot_eager"])  # which contains it
 def test_compiled_without_a_graph_break(name: str, backend: str) -> None:
     build, options = MODELS[name]

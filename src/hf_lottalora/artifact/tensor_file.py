@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..plan.plan import SAFETENSORS_NAMES
+from ..plan.storage import SAFETENSORS_NAMES
 
 _COPIED = 1 << 24  # bytes that are copied at once on their way from an accelerator or out of a view
 
