@@ -121,6 +121,16 @@ def test_inspect(artifact: Path) -> None:
     assert manifest["artifact"] in text and "self_attn.q_proj.lora_A.weight" in text and "layers.0" not in text
 
 
+def test_inspect_says_what_was_lost(tmp_path: Path) -> None:
+    model = get_peft_model(llama(hidden_size=64), config(save_dtype="int8", task_type="CAUSAL_LM"))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    found = data("inspect", tmp_path)
+    assert found["saved_in"] == "int8" and 0 < found["loss"]["A and B"]["relative"] < 0.02
+    assert found["parameters"] == model.get_plan().trainable_parameters
+    assert re.search(r"saved in +int8, with a relative error of [\d.]+ % of A and B", run("inspect", tmp_path)[0])
+
+
 def test_plan_of_an_artifact_and_of_an_architecture(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = AutoLottaLoraModelForCausalLM.from_pretrained(artifact).get_plan()
     monkeypatch.setattr(ScaffoldTensor, "draw", None)  # nothing is drawn

@@ -20,7 +20,7 @@ from ..plan.plan import MANIFEST_KEY, PREFIX, Plan
 from .card_parts import Parts, split
 from .loaders import loader_of, pipeline_tag
 from .manifest import read_manifest
-from .stored import loss_in
+from .stored import loss_text
 
 _HERE = "path/to/this/folder"
 
@@ -174,9 +174,8 @@ def _manifest(file: Path) -> dict[str, Any]:
 def _stored(plan: Plan, stored: Mapping[str, Any]) -> dict[str, str]:
     """What was left out of the weights to make them small, and of which tables nothing could be."""
     said = {}
-    if loss := loss_in(stored):
-        errors = ", ".join(f"{100 * error.relative:.2g} % of {group}" for group, error in loss.items())
-        said["saved in"] = f"{stored['dtype']}, with a relative error of {errors}"
+    if loss := loss_text(stored):
+        said["saved in"] = loss
     tables, parts = stored.get("tables", {}), []
     sizes = {key: (f"`{key.removeprefix(PREFIX)}`", start.shape[0]) for key, start in plan.drawn_tables().items()}
     if some := [

@@ -51,6 +51,12 @@ def loss_in(stored: Mapping[str, Any] | None) -> dict[str, Loss]:
     return {group: Loss(*errors) for group, errors in (stored or {}).get("loss", {}).items()}
 
 
+def loss_text(stored: Mapping[str, Any] | None) -> str | None:
+    """The same for people, None where nothing is lost."""
+    errors = ", ".join(f"{100 * error.relative:.2g} % of {group}" for group, error in loss_in(stored).items())
+    return f"{stored['dtype']}, with a relative error of {errors}" if stored and errors else None
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 

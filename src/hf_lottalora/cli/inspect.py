@@ -12,7 +12,9 @@ from safetensors import safe_open
 from ..artifact.files import locate, read_weights
 from ..artifact.publish import FILES
 from ..artifact.reader import ArtifactError, read_adapter_config, read_json
+from ..artifact.stored import loss_in, loss_text
 from ..plan.plan import MANIFEST_KEY
+from ..plan.storage import ROWS_KEY, SCALES_KEY
 from .opened import artifact_folder
 from .outcome import Outcome, grouped, table
 
@@ -42,6 +44,7 @@ def inspect(path: str, **where: Any) -> Outcome:
         for key in sorted(shapes)
         if key != MANIFEST_KEY
     ]
+    stored = content.get("stored")
     ranks: dict[str, int] = {}
     for key, shape in shapes.items():
         if key.endswith(("lora_A.weight", "lora_embedding_A")):
@@ -71,11 +74,13 @@ def inspect(path: str, **where: Any) -> Outcome:
             "transformers": _said(folder, "transformers_version"),
         },
         "files": {name: Path(file).stat().st_size for name in FILES if (file := locate(folder, name))},
-        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
+        "parameters": sum(math.prod(t["shape"]) for t in tensors if t["name"] not in (ROWS_KEY, SCALES_KEY)),
+        "saved_in": stored["dtype"] if stored else None,
+        "loss": {group: loss._asdict() for group, loss in loss_in(stored).items()},
         "options": options,
         "tensors": tensors,
     }
-    return Outcome(data, _text(data))
+    return Outcome(data, _text(data, loss_text(stored)))
 
 
 def _file(folder: Path, name: str) -> str:
@@ -95,7 +100,7 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * bits // 8
 
 
-def _text(data: dict[str, Any]) -> str:
+def _text(data: dict[str, Any], loss: str | None) -> str:
     families = sorted({data["family"], *data["family_pattern"].values()})
     summary = {
         "artifact": data["path"] + (f" at {data['commit']}" if data["commit"] else ""),
@@ -110,6 +115,7 @@ def _text(data: dict[str, Any]) -> str:
         "scaffold": f"{data['scaffold_tensors']} tensors, format {data['format_version']}, {data['scaffold_digest']}",
         "of base model": data["tensors_of_base_model"] or None,
         "parameters": data["parameters"],
+        "saved in": loss,
         **{name: f"{size:,} bytes" for name, size in data["files"].items()},
         "versions": ", ".join(f"{name} {version}" for name, version in data["versions"].items() if version),
     }
