@@ -70,12 +70,16 @@ def _load_without_a_base() -> None:
         cls: Any, pretrained_model_name_or_path: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> Any:
         from .artifact.auto_classes import loader_for
+        from .artifact.base import UNASKED, reading_base
 
         path = pretrained_model_name_or_path
         kwargs |= zip(("is_trainable", "config", "revision", "import_allowlist"), args, strict=False)
-        loader, defaults = loader_for(cls._target_class, path, **kwargs)
+        loader, base = loader_for(cls._target_class, path, **kwargs)
+        if base is not None:
+            with reading_base(base, path):
+                return load(cls, path, adapter_name, **{**UNASKED, **kwargs})
         if loader is None:
-            return load(cls, path, adapter_name, **{**defaults, **kwargs})
+            return load(cls, path, adapter_name, **kwargs)
         kwargs.pop("import_allowlist", None)  # nothing is imported by name
         options = {key: value for key, value in kwargs.items() if value is not None}
         return loader.from_pretrained(path, adapter_name=adapter_name, **options)

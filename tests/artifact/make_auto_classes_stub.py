@@ -20,7 +20,7 @@ def stub() -> str:
         "# Written by tests/artifact/make_auto_classes_stub.py\n"
         f"import os\nfrom typing import Any\n\nfrom .auto import AutoLottaLora\n\n__all__ = [\n{names}]\n\n"
         "def docstring(auto_name: str) -> str: ...\n"
-        f"def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> tuple[Any, dict[str, Any]]: ...\n{''.join(classes)}"
+        f"def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> tuple[Any, str | None]: ...\n{''.join(classes)}"
     )
 
 

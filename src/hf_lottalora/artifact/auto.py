@@ -12,7 +12,7 @@ from ..config import LottaLoraConfig
 from ..paths import owner_of
 from ..residency.forms import Residency, check_residency
 from .arguments import instead_of, one_device, one_dtype
-from .base import base_of
+from .base import UNASKED, base_of, reading_base
 from .config_json import build, load_architecture, most_parameters
 from .current import whole
 from .files import HUB_OPTIONS, recorded_tensors
@@ -158,23 +158,16 @@ class AutoLottaLora:
             model.tie_weights()  # on the meta device each module got a parameter of its own
         else:
             base, revision = base_of(config, path, base_model)
-            with BUILDING:
-                try:
-                    model = cls._auto_class.from_pretrained(
-                        base,
-                        revision=revision,
-                        config=architecture,
-                        dtype=dtype,
-                        trust_remote_code=False,
-                        use_safetensors=True,
-                        local_files_only=bool(hub_kwargs.get("local_files_only")),
-                        **attention,
-                    )
-                except OSError as error:
-                    raise ValueError(
-                        f"The base model {base!r} of {path} could not be read: {error} Of base models safetensors are "
-                        "read only; load another kind yourself and use PeftModel.from_pretrained(model, path)."
-                    ) from error
+            with BUILDING, reading_base(base, path):
+                model = cls._auto_class.from_pretrained(
+                    base,
+                    revision=revision,
+                    config=architecture,
+                    dtype=dtype,
+                    local_files_only=bool(hub_kwargs.get("local_files_only")),
+                    **UNASKED,
+                    **attention,
+                )
         config._values_follow = True  # PEFT's low_cpu_mem_usage would patch torch for every thread
         return PeftModel.from_pretrained(
             model,

@@ -26,12 +26,11 @@ def docstring(auto_name: str) -> str:
     return f"Loads from an artifact what `transformers.{auto_name}` builds."
 
 
-def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> tuple[Any, dict[str, Any]]:
+def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> tuple[Any, str | None]:
     """Our class for an auto class of transformers, or with None the artifact's own.
 
     Returns:
-        The class; None where the path is no artifact of ours, or has a base model to be loaded over. And how PEFT
-        should load that, where a user does not say otherwise.
+        The class; None where the path is no artifact of ours, or has a base model to be loaded over. And that.
 
     Raises:
         ValueError: a file of the artifact is missing or damaged, or its base model should not be fetched unasked.
@@ -41,17 +40,16 @@ def loader_for(auto: Any, path: str | os.PathLike[str], **hub: Any) -> tuple[Any
     wanted |= pinned(path, **wanted)
     config = PeftConfig.from_pretrained(path, **wanted)
     if config.peft_type != "LOTTALORA":
-        return None, {}
+        return None, None
     config = LottaLoraConfig.from_pretrained(path, **wanted)  # with the files beside it
-    if config.base_model_name_or_path:
-        base_of(config, path, None)
-        return None, {"use_safetensors": True, "trust_remote_code": False}
+    if config.redraw != "all" and not config.save_kept:
+        return None, base_of(config, path, None)[0]
     file = config._artifact_architecture
     if auto is None and file is not None:
         architecture = load_architecture(file)
         auto = LOADERS.get(loader_of(architecture, (architecture.architectures or [""])[0]) or "")
     ours = next((name for name, theirs in LOADERS.items() if theirs is auto), "AutoLottaLoraModel")
-    return globals()[ours], {}
+    return globals()[ours], None
 
 
 for _name, _auto in LOADERS.items():

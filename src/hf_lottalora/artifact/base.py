@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..config import LottaLoraConfig
+
+# Of base models safetensors are read only, and no code of theirs is run.
+UNASKED = {"use_safetensors": True, "trust_remote_code": False}
+
+
+@contextmanager
+def reading_base(base: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """While the base model of an artifact is read.
+
+    Raises:
+        ValueError: it cannot be; the message says why.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"The base model {base!r} of {path} could not be read: {error} Of base models safetensors are read only; "
+            "load another kind yourself and use PeftModel.from_pretrained(model, path)."
+        ) from error
 
 
 def base_of(
