@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -145,6 +145,15 @@ def test_the_other_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert everything(model) == found and model.get_model_status().enabled
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt here, whatever a library has made of it in this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_other_threads_have_ended_when_a_draw_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they would fill what is restored by then."""
     started, drawn, block = threading.Event(), [0], draw._draw_block
@@ -152,7 +161,7 @@ def test_other_threads_have_ended_when_a_draw_is_interrupted(monkeypatch: pytest
     def slow(*job: Any) -> None:
         if threading.current_thread() is not threading.main_thread() and not started.is_set():
             started.set()
-            signal.raise_signal(signal.SIGINT)  # reaches the main thread, which waits
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which waits
         threading.Event().wait(0.02)
         block(*job)
         drawn[0] += 1
