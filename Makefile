@@ -49,11 +49,10 @@ $(OLDEST_VENV)/.installed: EXTRAS = dev
 test: $(STAMP) ## run the tests, for example: make test PYTEST_ARGS="-k beta -x"
 	$(PY) $(PYTEST)
 
-# Warnings are no errors here: libraries of different years warn about each other. TRL needs newer ones, and benchmarks
-# are of the versions that their results name.
+# Warnings are no errors here: libraries of different years warn about each other. TRL needs newer ones.
 test-oldest: MARKED = not slow
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported versions
-	$(OLDEST_VENV)/bin/python $(PYTEST) -W default --ignore tests/tuner/test_trl.py --ignore tests/test_benchmarks.py
+	$(OLDEST_VENV)/bin/python $(PYTEST) -W default --ignore tests/tuner/test_trl.py
 
 lint: $(STAMP) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -323,4 +323,4 @@ def test_names_that_transformers_converts(tmp_path: Path) -> None:
         name, tried = "model.safetensors", tried + 1
         wrong += [model_type] if (ours / name).read_bytes() != (theirs / name).read_bytes() else []
         shutil.rmtree(tmp_path / model_type)
-    assert not wrong and tried > 10
+    assert not wrong and tried > (10 if transformers.__version__.startswith("5.0.") else 20)
