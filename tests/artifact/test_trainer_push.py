@@ -114,6 +114,17 @@ def test_a_card_without_a_push(tmp_path: Path) -> None:
     assert "trained from scratch on" in text
 
 
+def test_an_adapter_of_another_name(hub: Hub, tmp_path: Path) -> None:
+    """Its files are in a folder of that name: the card at the top says so."""
+    run = trainer(tmp_path / "out", get_peft_model(bert(), config(task_type="SEQ_CLS"), adapter_name="mine"))
+    run.train()
+    run.push_to_hub()
+    assert {f"mine/{name}" for name in FILES} | {"README.md"} <= hub.repos["user/name"].files().keys()
+    data, text = card_of(hub)
+    assert 'from_pretrained("user/name", subfolder="mine")' in text and "- Accuracy: 0.75" in text
+    assert "base_model" not in data and "lottalora" in data["tags"]
+
+
 def test_other_methods_have_trainers_card(tmp_path: Path) -> None:
     model = get_peft_model(bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
     run = trainer(tmp_path / "out", model, push_to_hub=False, hub_model_id=None, num_train_epochs=1)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from tiny import config, llama, logits, perturb
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -94,6 +95,33 @@ def test_sft(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, wrapped: bool) 
     moved = {name for name, value in trainable(run.model).items() if not torch.equal(value, before[name])}
     assert before.keys() - moved <= {name for name in before if not wrapped and "lora_A" in name}  # B is zero at first
     check_saved(run, tmp_path / "saved")
+
+
+def test_the_card_is_ours(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """TRL's trainers write cards of their own with each checkpoint, over whatever is there."""
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy words.\n")
+    run = sft(trained(), tokenizer, tmp_path)
+    run.train()
+    before_weights = (tmp_path / "README.md").read_text()
+    assert "My words." in before_weights and "trained with SFT" in before_weights
+    for _ in range(2):
+        run.save_model(str(tmp_path))
+        run.create_model_card(model_name="name", dataset_name="user/rows", tags="mine")
+        text = (tmp_path / "README.md").read_text()
+        data = ModelCard(text).data
+        assert {"mine", "sft", "trl", "lottalora", "llama", "text-generation"} <= set(data.tags)
+        assert data.library_name == "peft" and data.license == "mit" and data.datasets == "user/rows"
+        assert not {"base_model", "licence"} & {key for key, value in data.to_dict().items() if value}
+        for once in (
+            "My words.",
+            "over a random scaffold",
+            "- TRL ",
+            "- Datasets ",
+            "trained with SFT",
+            "vonwerra2020trl",
+        ):
+            assert text.count(once) == 1, once
+        assert "model trained from scratch on the [user/rows]" in text and "Quick start" not in text
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -58,6 +58,7 @@ def card_text(plan: Plan, folder: Path, old: Parts, tags: Iterable[str] = (), **
     data.pipeline_tag = data.pipeline_tag or task
     of_memory = _pretrained_base(plan) == "memory"  # what they are only a user can know
     data.base_model = (data.base_model if of_memory else base) or None
+    old.trainer = _origin(plan, old.trainer)
     return old.text(data, _our_part(plan, folder, old, {key: value for key, value in place.items() if value}))
 
 
@@ -77,6 +78,15 @@ def hub_base(plan: Plan) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def _origin(plan: Plan, trainers: str) -> str:
+    """What a Trainer reported, without a base that was not used; it cannot know."""
+    base = _pretrained_base(plan)
+    if base is not None and hub_base(plan) is not None:
+        return trainers
+    was = "model trained from scratch" if base is None else "fine-tuned version of a pretrained model"
+    return re.sub(r"fine-tuned version of \[[^\]]*\]\(https://huggingface.co/[^)]*\)", was, trainers)
 
 
 def _our_part(plan: Plan, folder: Path, old: Parts, place: dict[str, str]) -> str:

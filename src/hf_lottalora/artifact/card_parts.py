@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 
 BEGIN, END = "<!-- hf_lottalora: begin -->", "<!-- hf_lottalora: end -->"
 _TRAINER = "<!-- what the Trainer reported -->"
-_GENERATED_BY_TRAINER = "generated automatically according to the information the Trainer had access to"
+_BY_TRAINER = "generated automatically according to the information the Trainer had access to"
+_BY_TRL = "It has been trained using [TRL](https://github.com/huggingface/trl)"
 
 
 @dataclass
@@ -40,10 +41,12 @@ class Parts:
 
     def add_trainers(self, new: Parts) -> None:
         """Take over what a newer card of a Trainer says, metadata included; what it leaves open stays."""
-        self.trainer, self.versions = new.trainer, new.versions
+        self.trainer, self.versions = new.trainer or new.before, new.versions
         tags = [*(self.data.tags or ()), *(new.data.tags or ())]
         for key, value in vars(new.data).items():
-            if value and key != "library_name" and (key != "model_name" or new.data.eval_results):  # two of one entry
+            if key in ("library_name", "licence"):  # of which the second is TRL's, and says nothing
+                continue
+            if value and (key != "model_name" or new.data.eval_results):  # two of one entry
                 setattr(self.data, key, value)
         self.data.tags = list(dict.fromkeys(tags))
 
@@ -67,21 +70,22 @@ def split(text: str | None) -> Parts:
         return Parts()
     card = ModelCard(text)
     before, begin, rest = card.text.partition(BEGIN)
-    versions = tuple(re.findall(r"^- (?:Datasets|Tokenizers) .*$", card.text, flags=re.MULTILINE))
+    named = re.findall(r"^- (TRL|Datasets|Tokenizers):? (.*)$", card.text, flags=re.MULTILINE)
+    versions = tuple(f"- {name} {number}" for name, number in named)
     if begin:
         inside, _, after = rest.partition(END)
         return Parts(card.data, before, after, inside.partition(_TRAINER)[2], versions)
-    if _GENERATED_BY_TRAINER in card.text:
+    if _BY_TRAINER in card.text or _BY_TRL in card.text:
         return Parts(card.data, trainer=_trainers_part(card.text), versions=versions)
     return Parts(card.data, "" if _is_template(card.text) else card.text)
 
 
 def _trainers_part(text: str) -> str:
-    text = re.sub(rf"<!--[^>]*{_GENERATED_BY_TRAINER}.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(rf"<!--[^>]*{_BY_TRAINER}.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"^# [^\n]*$", "## Training", text.strip(), count=1, flags=re.MULTILINE)
     text = re.sub(r"^##+ [^\n]*\n+More information needed\n+", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^### Framework versions\n.*", "", text, flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"fine-tuned version of \[\]\(https://huggingface.co/\) on", "model trained from scratch on", text)
+    # TRL's snippet is of a pipeline that cannot load adapters
+    return re.sub(r"^##+ (?:Framework versions|Quick start)\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 @cache

@@ -40,6 +40,7 @@ def install() -> None:
         (PeftModel, push_to_hub),
         (PeftModel, create_or_update_model_card),
         (PeftModel, load_adapter),
+        (Trainer, __init__),
         (Trainer, create_model_card),
         (PeftConfigMixin, from_json_file),
         (PeftConfigMixin, _get_peft_type),
@@ -103,27 +104,42 @@ def load_adapter(
     return result
 
 
+def __init__(theirs: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    """A subclass may write cards of its own, as TRL's do: they go the same way."""
+    theirs(trainer, *args, **kwargs)
+    own = type(trainer).create_model_card
+    if own is not Trainer.create_model_card:
+        trainer.create_model_card = functools.wraps(own)(functools.partial(create_model_card, own, trainer))
+
+
 def create_model_card(theirs: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> None:
     """Trainer writes its own over everything: that is taken into ours, beside a user's words and metadata."""
-    folder = Path(trainer.args.output_dir)
+    top = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    ours = is_ours(model) and "default" in model.peft_config and trainer.is_world_process_zero()
-    if not ours or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+    if not is_ours(model) or not trainer.is_world_process_zero():
         theirs(trainer, *args, **kwargs)
         return
-    file = folder / "README.md"
+    name = "default" if "default" in model.peft_config else model.active_adapter
+    subfolder = None if name == "default" else name
+    file = top / "README.md"
     card = split(file.read_text(encoding="utf-8-sig") if file.is_file() else None)
-    plan = model.base_model.plans["default"]
+    plan = model.base_model.plans[name]
     known = {
         "tasks": pipeline_tag(plan.survey.architecture, plan.survey.class_name),
         "finetuned_from": hub_base(plan) or "",
     }
-    given = inspect.signature(theirs).bind(trainer, *args, **kwargs).arguments  # Trainer finds neither in a PeftModel
-    theirs(**{**given, **{key: value for key, value in known.items() if given.get(key) is None}})
+    taken = inspect.signature(theirs)
+    given = taken.bind(trainer, *args, **kwargs)
+    for key in known.keys() & taken.parameters:  # Trainer finds neither in a PeftModel
+        if given.arguments.get(key) is None:
+            given.arguments[key] = known[key]
+    theirs(*given.args, **given.kwargs)
     card.add_trainers(split(file.read_text(encoding="utf-8-sig")))
     revision = getattr(trainer.args, "hub_revision", None) if trainer.hub_model_id else None
-    place = {"path": trainer.hub_model_id, "revision": None if revision == "main" else revision}
-    file.write_text(card_text(plan, folder, card, **place), encoding="utf-8")
+    place = {"path": trainer.hub_model_id, "revision": None if revision == "main" else revision, "subfolder": subfolder}
+    weights = (top / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME).is_file()  # else our part comes with them
+    text = card_text(plan, top / (subfolder or ""), card, **place) if weights else card.text(card.data, "")
+    file.write_text(text, encoding="utf-8")
 
 
 def save_and_push(save: Callable[..., None], model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
