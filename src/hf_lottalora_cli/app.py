@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +13,7 @@ from .options import (
     Artifact,
     BaseModel,
     Dtype,
+    DtypeName,
     Expect,
     Force,
     Form,
@@ -17,6 +21,7 @@ from .options import (
     NamedBase,
     Residency,
     Revision,
+    ShardSize,
     Subfolder,
     Token,
     base_of,
@@ -44,8 +49,28 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _import(names: list[str] | None) -> None:
+    if names:
+        sys.path.append(str(Path.cwd()))  # behind all else: what lies in an artifact's folder must not become a module
+    for name in names or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise typer.BadParameter(f"{name}: {error}") from error
+
+
 @app.callback()
 def _lottalora(
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            help="Python module to import first, such as one that registers families; can be repeated.",
+            metavar="MODULE",
+            show_default=False,
+            callback=_import,
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
     ] = False,
@@ -86,8 +111,8 @@ def plan(
     model_class: Annotated[
         str | None, _option("Class of transformers, such as AutoModelForCausalLM; default: that of config.json.")
     ] = None,
-    dtype: Annotated[str | None, _option("Of the model; default: that of config.json, else float32.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens in a training step, for FLOPs.", min=1)] = 1,
+    dtype: Annotated[DtypeName | None, _option("Of the model; default: that of config.json, else float32.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens in a training step, for FLOPs.", min=1, max=10**15)] = 1,
     revision: Revision = None,
     subfolder: Subfolder = None,
     token: Token = None,
@@ -160,7 +185,7 @@ def verify(
     \b
     Examples:
       lottalora verify path/to/artifact
-      lottalora verify user/name --expect 8f14e45fceea167a5a36dedd4bea2543
+      lottalora verify user/name --expect 8f14e45fceea167a5a36dedd4bea25433cb9a2ae2c1a7f3ac5e0a3d7b6a1c9d2
     """  # noqa: D301
     with reporting(json):
         from hf_lottalora.cli.verify import verify as run
@@ -204,7 +229,7 @@ def export(
         Form, typer.Option("--format", help="A checkpoint with everything merged, or base/ and adapter/ for PEFT.")
     ] = Form.DENSE,
     dtype: Dtype = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "50GB",
+    max_shard_size: ShardSize = "50GB",
     base_name: Annotated[str | None, _option("With --format lora: what the adapter calls its base.")] = None,
     base_model: BaseModel = None,
     named_base: NamedBase = False,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated  # typer 0.24 reads annotations at run time
 
 import typer
 
 ARTIFACT = "Folder that save_pretrained has written, or a repository on the hub such as user/name."
+
+
+def _digest(given: str | None) -> str | None:
+    if given is not None and re.fullmatch("[0-9a-f]{64}", given) is None:
+        raise typer.BadParameter("A digest has 64 hexadecimal digits, in lower case; the card and inspect show it.")
+    return given
+
 
 Artifact = Annotated[str, typer.Argument(help=ARTIFACT, show_default=False)]
 Json = Annotated[
@@ -24,7 +32,8 @@ Token = Annotated[
     str | None, typer.Option(help="For the hub; default: that of `hf auth login` or HF_TOKEN.", show_default=False)
 ]
 Expect = Annotated[
-    str | None, typer.Option(help="Digest that the artifact should have.", metavar="DIGEST", show_default=False)
+    str | None,
+    typer.Option(help="Digest that the artifact should have.", metavar="DIGEST", show_default=False, callback=_digest),
 ]
 BaseModel = Annotated[
     str | None,
@@ -33,9 +42,6 @@ BaseModel = Annotated[
     ),
 ]
 NamedBase = Annotated[bool, typer.Option("--named-base", help="Fetch the base model that the artifact names.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="Such as float32 or bfloat16; default: that of the artifact.", show_default=False)
-]
 
 
 class Form(StrEnum):
@@ -52,6 +58,27 @@ class Residency(StrEnum):
     PACKED = "packed"
     INT4 = "int4"
     STREAMED = "streamed"
+
+
+class DtypeName(StrEnum):
+    """Of a model."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+Dtype = Annotated[DtypeName | None, typer.Option(help="Default: that of the artifact.", show_default=False)]
+
+
+def _size(given: str) -> str:
+    if re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", given, re.IGNORECASE) is None:
+        raise typer.BadParameter("Expected a number above 0 with KB, MB, GB or TB behind it.")
+    return given
+
+
+ShardSize = Annotated[str, typer.Option(help="Of one file of weights.", callback=_size)]
 
 
 def base_of(name: str | None, named: bool) -> str | bool | None:

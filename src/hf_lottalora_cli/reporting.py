@@ -45,32 +45,50 @@ def reporting(as_json: bool) -> Iterator[None]:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             yield
     except KeyboardInterrupt:
-        typer.echo("lottalora: interrupted", err=True)
+        _say("lottalora: interrupted")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("HF_DEBUG"):  # as huggingface_hub's own command
             raise
-        typer.echo(f"lottalora: error: {error}", err=True)
-        typer.echo("The environment variable HF_DEBUG=1 shows the traceback.", err=True)
+        _say(f"lottalora: error: {error}\nThe environment variable HF_DEBUG=1 shows the traceback.")
         if as_json:
-            print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+            _print(_json({"error": {"type": type(error).__name__, "message": str(error)}}))
         raise typer.Exit(getattr(error, "exit_code", ExitCode.REFUSED)) from error
 
 
 def finish(outcome: Any, as_json: bool) -> None:
     """Print what a command has found, and exit with the code for it."""
-    if as_json:
-        print_json(outcome.data)
-    else:
-        typer.echo(outcome.text)
+    _print(_json(outcome.data) if as_json else outcome.text)
     raise typer.Exit(ExitCode.FINE if outcome.passed else ExitCode.FAILED)
 
 
-def print_json(data: Any) -> None:
-    """Print one JSON document to standard output."""
-    json.dump(data, sys.stdout, indent=2, allow_nan=False)
-    sys.stdout.write("\n")
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, allow_nan=False)
+
+
+def _print(text: str) -> None:
+    """Print to standard output; end the command where that cannot be written."""
+    try:
+        typer.echo(text)
+        sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):  # else the reader has had enough
+            _say(f"lottalora: error: standard output cannot be written: {error}")
+        raise typer.Exit(ExitCode.REFUSED) from error
+
+
+def _say(text: str) -> None:
+    try:
+        typer.echo(text, err=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: Any) -> None:
+    """Let go of what is waiting to be written: at the end of the process it would be tried again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    typer.echo(f"lottalora: warning: {message}", err=True)
+    _say(f"lottalora: warning: {message}")

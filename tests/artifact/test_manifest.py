@@ -20,9 +20,12 @@ def test_the_card_has_the_digest_that_a_loader_compares(saved: tuple[PeftModel, 
     digest = re.search(r"\| digest \| `([0-9a-f]{64})` \|", (folder / "README.md").read_text())[1]  # type: ignore[index]
     again = AutoLottaLoraModelForCausalLM.from_pretrained(folder, digest=digest)
     assert torch.equal(logits(again), logits(model))
+    other = "0" * 64
     with pytest.raises(
-        ValueError, match=f"expected the artifact with digest 'abc', found '{digest}'. Nothing was loaded"
+        ValueError, match=f"expected the artifact with digest '{other}', found '{digest}'. Nothing was loaded"
     ):
+        AutoLottaLoraModelForCausalLM.from_pretrained(folder, digest=other)
+    with pytest.raises(ValueError, match="64 hexadecimal digits, in lower case, .* got 'abc'"):
         AutoLottaLoraModelForCausalLM.from_pretrained(folder, digest="abc")
     perturb(model)
     model.save_pretrained(folder)

@@ -276,6 +276,18 @@ def test_values_that_do_not_fit(save_dtype: str, name: str, value: float, found:
     model.save_pretrained(tmp_path / "new")
 
 
+@pytest.mark.parametrize(("save_dtype", "value"), [("bfloat16", 1e20), ("int8", 1e20), ("bfloat16", 3e38)])
+def test_the_loss_of_huge_values(save_dtype: Any, value: float, tmp_path: Path) -> None:
+    """Whose squares float32 cannot hold."""
+    model = trained(save_dtype=save_dtype)
+    A = next(p for key, p in model.named_parameters() if "lora_A" in key)
+    with torch.no_grad():
+        A.div_(A.abs().max()).mul_(value)
+    loss = saving_loss(model, save_dtype)["A and B"]
+    assert 1e-4 < loss.relative < 0.02 and loss.largest > 1e-4 * value
+    model.save_pretrained(tmp_path)
+
+
 def test_a_dtype_that_is_none(model: PeftModel, tmp_path: Path) -> None:
     message = r"save_dtype must be one of \['float16', 'bfloat16', 'int8'\] or None, got 'float8'"
     with pytest.raises(ValueError, match=message):

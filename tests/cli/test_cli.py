@@ -19,13 +19,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import config, llama, llama_config, logits, mlp, perturb
 from transformers import AutoModelForCausalLM
+from typer import Exit
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM
 from hf_lottalora.scaffold.tensor import ScaffoldTensor
 from hf_lottalora_cli import app
-from hf_lottalora_cli.reporting import MEANINGS, ExitCode
+from hf_lottalora_cli.reporting import MEANINGS, ExitCode, finish, reporting
 
 HELP = """
 import sys
@@ -165,6 +166,8 @@ def test_plan_of_wrong_options(artifact: Path, tmp_path: Path) -> None:
         (("--family", "no"), "family"),
         (("--option", "rr=1"), "expected NAME=VALUE with a field of LottaLoraConfig"),
         (("--r", "many"), "--r"),
+        (("--dtype", "bogus"), "--dtype"),
+        (("--tokens", "9" * 400), "--tokens"),
     ):
         assert message in run("plan", artifact / "config.json", *wrong, code=2)[1]
     nameless = llama_config()
@@ -256,7 +259,7 @@ def test_push_and_pull(hub: Hub, artifact: Path, tmp_path: Path) -> None:
         assert (tmp_path / "pulled" / name).read_bytes() == (artifact / name).read_bytes()
     assert "is not empty" in run("pull", "user/name", tmp_path / "pulled", code=3)[1]
     run("pull", "user/name", tmp_path / "pulled", "--force")
-    assert data("pull", "user/name", tmp_path / "no", "--expect", "0", code=1)["digest"] == found["digest"]
+    assert data("pull", "user/name", tmp_path / "no", "--expect", "0" * 64, code=1)["digest"] == found["digest"]
     assert data("export", "user/name", tmp_path / "dense")["bytes"] > 0
     hub.repos["user/name"].private = True
     message = "has no such repository or shows it to some tokens only"
@@ -285,6 +288,63 @@ def test_errors_have_a_text_and_no_traceback(artifact: Path, tmp_path: Path, mon
     monkeypatch.setenv("HF_DEBUG", "1")
     with pytest.raises(ValueError, match="Can't find"):
         run("inspect", tmp_path)
+
+
+OWN = """
+from hf_lottalora import register_family
+
+register_family("{name}", table=[-1, -1, -1, 3])
+"""
+
+
+def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_lottalora import FAMILIES, register_family
+
+    name = "of_a_module_for_the_command"
+    register_family(name, table=[-1, -1, -1, 3])
+    get_peft_model(llama(), config(family=name)).save_pretrained(tmp_path / "own")
+    monkeypatch.delitem(FAMILIES, name)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_families.py").write_text(OWN.format(name=name))
+    for command in ("inspect", "verify"):
+        errors = run(command, "own", code=3)[1]
+        assert f"of family {name!r}, which is not registered here" in errors and "--import MODULE" in errors
+    assert "own_nothing" in run("--import", "own_nothing", "verify", "own", code=2)[1]
+    assert data("--import", "own_families", "verify", "own")["passed"]
+
+
+def test_no_code_of_the_folder_it_is_called_in_is_run(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [*sys.path]
+    run("inspect", artifact)
+    assert sys.path == before
+
+
+def test_what_cannot_be_printed(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_lottalora.cli.outcome import Outcome
+
+    for stream in ("stdout", "stderr"):
+        with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, stream, full)
+            with pytest.raises(Exit) as done, reporting(as_json=True):
+                if stream == "stdout":
+                    finish(Outcome({}, ""), as_json=True)
+                raise ValueError("wrong")
+            assert done.value.exit_code == ExitCode.REFUSED
+
+
+def test_a_file_that_cannot_be_read_says_nothing_of_the_artifact(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def open_(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "config.json":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_)
+    assert "Permission denied" in run("verify", artifact, code=3)[1]
 
 
 def test_interrupted(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hf_lottalora import make_plan
 @pytest.mark.parametrize(
     ("given", "guess"),
     [
-        ("q_proj", r"did you mean \['q_proj'\]\? A string is a regular expression for whole paths\. Pass"),
+        ("q_proj", r"did you mean \['q_proj'\]\? A string is a regular expression for whole paths\)\. Pass"),
         ("self_attn.q_proj", r"did you mean \['self_attn.q_proj'\]\? A string"),
         ("q_porj", r"did you mean \['q_proj'\]\? A string"),
         (r".*\.q_porj", r"did you mean 'q_proj'\?"),
@@ -33,12 +33,12 @@ def test_targets_that_match_nothing(given: Any, guess: str) -> None:
 @pytest.mark.parametrize(
     ("options", "warning"),
     [
-        ({"target_modules": ["q_proj", "all-linear"]}, "matches no layer; did you mean the string 'all-linear'?. It"),
-        ({"exclude_modules": ["k_prjo"]}, "matches no layer; did you mean 'k_proj'?. It is ignored."),
-        ({"exclude_modules": "k_proj"}, "matches no layer; did you mean ['k_proj']? A string is a regular expression"),
+        ({"target_modules": ["q_proj", "all-linear"]}, "matches no layer (did you mean the string 'all-linear'?). It"),
+        ({"exclude_modules": ["k_prjo"]}, "matches no layer (did you mean 'k_proj'?). It is ignored."),
+        ({"exclude_modules": "k_proj"}, "matches no layer (did you mean ['k_proj']? A string is a regular expression"),
         ({"exclude_modules": "k_prjo|foo"}, "matches no layer. It is ignored."),
-        ({"rank_pattern": {"q_projj": 2}}, "matches no layer; did you mean 'q_proj'?. It is ignored."),
-        ({"alpha_pattern": {"q_projj": 2, "q_proj": 3}}, "matches no layer; did you mean 'q_proj'?. It is ignored."),
+        ({"rank_pattern": {"q_projj": 2}}, "matches no layer (did you mean 'q_proj'?). It is ignored."),
+        ({"alpha_pattern": {"q_projj": 2, "q_proj": 3}}, "matches no layer (did you mean 'q_proj'?). It is ignored."),
     ],
 )
 def test_what_is_ignored_is_said_once(options: dict[str, Any], warning: str) -> None:

@@ -208,7 +208,7 @@ def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
     [
         (
             {"target_modules": ["q_proj", "v_porj"]},
-            "target_modules names 'v_porj', which matches no layer; did you mean 'v_proj'",
+            r"target_modules names 'v_porj', which matches no layer \(did you mean 'v_proj'",
         ),
         (
             {"target_modules": ["q_proj", "query"]},
@@ -216,11 +216,11 @@ def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
         ),
         (
             {"exclude_modules": ["k_prjo"]},
-            "exclude_modules names 'k_prjo', which matches no layer; did you mean 'k_proj'",
+            r"exclude_modules names 'k_prjo', which matches no layer \(did you mean 'k_proj'",
         ),
         (
             {"rank_pattern": {"q_projj": 2}},
-            "rank_pattern names 'q_projj', which matches no layer; did you mean 'q_proj'",
+            r"rank_pattern names 'q_projj', which matches no layer \(did you mean 'q_proj'",
         ),
         ({"alpha_pattern": {"up_proj": 2}}, "alpha_pattern names 'up_proj', which matches no layer"),
         (
@@ -239,15 +239,15 @@ def test_beside_names_that_match_they_are_warned_of(options: dict[str, Any], war
     [
         (
             {"target_modules": ["q_porj"]},
-            r"matches no linear layer.* as a whole; did you mean 'q_proj'\?. Pass target",
+            r"matches no linear layer.* as a whole \(did you mean 'q_proj'\?\). Pass target",
         ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [9]},
-            r"target_modules=\['q_proj'\] with layers_to_transform=\[9\] matches no",
+            r"target_modules=\['q_proj'\] with layers_to_transform=\[9\] matches no.*\. Its layers have the numbers 0 to 1\.",
         ),
         (
             {"modules_to_save": ["lm_haed"]},
-            "modules_to_save names 'lm_haed', but LlamaForCausalLM .*; did you mean 'lm_head'",
+            r"modules_to_save names 'lm_haed', but LlamaForCausalLM .* \(did you mean 'lm_head'",
         ),
         (
             {"family_pattern": {"mlpp.*": "binary"}},
@@ -255,11 +255,11 @@ def test_beside_names_that_match_they_are_warned_of(options: dict[str, Any], war
         ),
         (
             {"seed_pattern": {"q_porj": 1}},
-            "seed_pattern has the key 'q_porj', which matches no drawn module; did you mean 'q_proj'",
+            r"seed_pattern has the key 'q_porj', which matches no drawn module \(did you mean 'q_proj'",
         ),
         (
             {"train_beta_pattern": {"v_porj": False}},
-            "train_beta_pattern has the key 'v_porj', which matches no adapted module; did you mean 'v_proj'",
+            r"train_beta_pattern has the key 'v_porj', which matches no adapted module \(did you mean 'v_proj'",
         ),
     ],
 )

@@ -33,6 +33,12 @@ def mixtral() -> MixtralForCausalLM:
     return MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4))
 
 
+def mobilenet() -> nn.Module:
+    """Its code asks convolutions for their strides."""
+    sizes = {"image_size": 32, "depth_multiplier": 0.25}
+    return transformers.MobileNetV2ForImageClassification(transformers.MobileNetV2Config(**sizes))
+
+
 # The model in each residency, and what merges in a way of its own.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "tied": (llama, {"residency": "streamed", "embeddings": "lora", "task_type": "CAUSAL_LM"}),
@@ -150,6 +156,12 @@ CANNOT: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Any, str]] = {
     "residual": (llama, {"residual": True}, export_lora, "it has residual"),
     "norm": (llama, {"layer_norm": True}, export_lora, "it has layer_norm"),
     "tied": (llama, {"embeddings": "lora"}, export_lora, "'lm_head' .* shares the adapter of the embedding"),
+    "sizes": (
+        mobilenet,
+        {"target_modules": ["expand_1x1.convolution"]},
+        export_lora,
+        "'mobilenet_v2.*the model reads this convolution's stride",
+    ),
 }
 
 
@@ -166,7 +178,12 @@ def test_merged_or_unknown_adapters(tmp_path: Path) -> None:
     model = made("untied", residency="dense")
     with pytest.raises(ValueError, match="There is no adapter 'other'.*Nothing was written"):
         export_dense(model, tmp_path / "out", adapter_names=["other"])
+    for size in (None, 0, -1, True, "abc", "0GB"):
+        with pytest.raises(ValueError, match="max_shard_size must be a number of bytes above 0"):
+            export_dense(model, tmp_path / "out", max_shard_size=size)
     export_dense(model, tmp_path / "before")
+    export_dense(model, tmp_path / "twice", adapter_names=["default", "default"])
+    assert files(tmp_path / "before") == files(tmp_path / "twice")
     model.merge_adapter()
     export_dense(model, tmp_path / "merged")
     assert files(tmp_path / "before") == files(tmp_path / "merged")
@@ -245,13 +262,15 @@ def test_folders_with_files(saved: tuple[PeftModel, Path], tmp_path: Path) -> No
             export_dense(model, folder, overwrite=folder == artifact)
     out = tmp_path / "out"
     export_dense(model, out, max_shard_size="20KB")
-    (out / "notes.txt").write_text("of the user")
+    of_the_user = {"notes.txt", "model_ema.safetensors", "model-notes.safetensors.txt", "model.safetensors.bak"}
+    for name in of_the_user:
+        (out / name).write_text("of the user")
     before = files(out)
     with pytest.raises(FileExistsError, match=r"out is not empty.*overwrite=True \(--force\)"):
         export_dense(model, out)
     assert files(out) == before
     export_dense(model, out, overwrite=True)
-    assert files(out).keys() == {"config.json", "generation_config.json", "model.safetensors", "notes.txt"}
+    assert files(out).keys() == {"config.json", "generation_config.json", "model.safetensors"} | of_the_user
     export_lora(model, tmp_path / "lora")
     export_lora(model, tmp_path / "lora", overwrite=True)
     assert {name.partition("/")[0] for name in files(tmp_path / "lora")} == {"base", "adapter"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,3 +210,44 @@ def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="when the model is in training mode"):
         model.train()(ids(4), adapter_names=NAMES)
     check(model.eval(), input_ids=ids(4))
+
+
+@pytest.mark.parametrize("generating", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_as_many_names_as_rows(generating: bool, count: int) -> None:
+    """Also of one adapter alone, which needs nothing else."""
+    model = two_adapters(llama())
+    call = partial(model.generate, max_new_tokens=2) if generating else model
+    for names in (["b"] * count, ["__base__"] * count):
+        with pytest.raises(ValueError, match=rf"adapter_names has {count} names, and no input has so many rows"):
+            call(input_ids=ids(4), adapter_names=names)
+    check(model, input_ids=ids(4))
+
+
+@pytest.mark.parametrize("names", [[], "b", ["b", None, "b", "b"], [1, 2, 3, 4]])
+def test_names_that_are_none(names: Any) -> None:
+    model = two_adapters(llama())
+    with pytest.raises(ValueError, match="adapter_names must be a list with the name of an adapter for each row"):
+        model(ids(4), adapter_names=names)
+    check(model, input_ids=ids(4))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_under_autocast(before: bool) -> None:
+    """Whose cache keeps what it has cast, so that a tensor is read once for several calls."""
+    model = two_adapters(llama(tie_word_embeddings=False))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        if before:
+            model(ids(4))
+        mixed = model(ids(4), adapter_names=NAMES).logits
+        torch.testing.assert_close(mixed, each_alone(model, NAMES, input_ids=ids(4)), rtol=0.05, atol=0.1)
+    check(model, input_ids=ids(4))
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded"])
+def test_caches_without_rows_are_refused(kind: str) -> None:
+    model = two_adapters(llama())
+    before = list(state(model))
+    with pytest.raises(ValueError, match="needs to know where the rows of a batch are"):
+        model.generate(ids(4), adapter_names=NAMES, max_new_tokens=2, cache_implementation=kind)
+    assert list(state(model)) == before

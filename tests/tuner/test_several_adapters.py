@@ -65,6 +65,44 @@ def test_what_one_adapter_trains_and_another_keeps(tmp_path: Path, options: dict
     assert torch.equal(logits(model), first)
 
 
+FROZEN = {"norms": "frozen", "embeddings": "frozen"}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (FROZEN, {}),
+        ({**FROZEN, "biases": "frozen"}, {**FROZEN, "biases": "train"}),
+        ({**FROZEN, "redraw": "targets", "save_kept": True}, {"redraw": "targets", "save_kept": True}),
+        ({}, {**FROZEN, "biases": "train"}),
+    ],
+)
+def test_another_adapter_changes_nothing_of_the_one_in_use(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], loaded: bool
+) -> None:
+    """Whatever the other trains, and starts from: the one in use reads the same tensors as before."""
+    torch.manual_seed(0)
+    base = bert().eval()
+    other = get_peft_model(copy.deepcopy(base), config(**second)).eval()
+    perturb(other)
+    other.save_pretrained(tmp_path)
+    model = get_peft_model(base, config(**first)).eval()
+    perturb(model)
+    before, state = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
+    if loaded:
+        model.load_adapter(tmp_path, "b")
+    else:
+        model.add_adapter("b", config(**second))
+    assert torch.equal(logits(model), before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if key in state)
+    if loaded:
+        model.set_adapter("b")
+        assert torch.equal(logits(model), logits(other))
+        model.set_adapter("default")
+    torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("model", "first", "second"),
     [

@@ -15,6 +15,7 @@ from .arguments import instead_of, one_device, one_dtype
 from .base import UNASKED, base_of, reading_base
 from .config_json import build, load_architecture, most_parameters
 from .current import whole
+from .digests import check_digest
 from .files import HUB_OPTIONS, recorded_tensors
 from .hollow import BUILDING, hollow
 from .hub import pinned
@@ -86,6 +87,8 @@ class AutoLottaLora:
                 f"residency, base_model and digest it takes subfolder, {', '.join(HUB_OPTIONS)}."
             )
         dtype, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
+        if digest is not None:
+            check_digest(digest)
         torch.empty(0, device=device)  # one that is not there is said now, not when all is drawn
         hub_kwargs |= pinned(path, **hub_kwargs)  # the subfolder among them
         options = (

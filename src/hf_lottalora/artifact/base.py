@@ -42,9 +42,15 @@ def base_of(
             None: what a folder names, and what a repository names where that is a folder here or a commit is pinned.
 
     Raises:
+        TypeError: it is none of these.
         ValueError: the artifact names none, or the user was not asked.
     """
     named = config.base_model_name_or_path
+    if not isinstance(base_model, (bool, str, os.PathLike, type(None))):
+        raise TypeError(
+            f"base_model must be a name or path, or True for what the artifact names, got {type(base_model).__name__}. "
+            "Over a model that you have: PeftModel.from_pretrained(model, path)."
+        )
     if not isinstance(base_model, (bool, type(None))):
         chosen = os.fspath(base_model)
         return chosen, config.revision if chosen == named else None

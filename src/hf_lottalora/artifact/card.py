@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan
 from .card_parts import Parts, split
-from .loaders import loader_of, pipeline_tag
+from .loaders import loader_of, main_input, pipeline_tag
 from .manifest import read_manifest
 from .stored import loss_text
 
@@ -26,7 +26,7 @@ _HERE = "path/to/this/folder"
 
 _ELSEWHERE = """\
 `AutoModel` and `pipeline(task, model="{path}")` cannot load it: they look for a file with all weights.
-Give a pipeline the model itself: `pipeline(task, model=model, tokenizer=tokenizer)`.
+Give a pipeline the model itself, with what prepares its inputs: `pipeline(task, model=model, {preprocessor})`.
 """
 
 
@@ -58,7 +58,7 @@ def card_text(plan: Plan, folder: Path, old: Parts, tags: Iterable[str] = (), **
     data.pipeline_tag = data.pipeline_tag or task
     of_memory = _pretrained_base(plan) == "memory"  # what they are only a user can know
     data.base_model = (data.base_model if of_memory else base) or None
-    old.trainer = _origin(plan, old.trainer)
+    old.trainer = reported(plan, old.trainer)
     return old.text(data, _our_part(plan, folder, old, {key: value for key, value in place.items() if value}))
 
 
@@ -80,8 +80,9 @@ def hub_base(plan: Plan) -> str | None:
     return name
 
 
-def _origin(plan: Plan, trainers: str) -> str:
-    """What a Trainer reported, without a base that was not used; it cannot know."""
+def reported(plan: Plan, trainers: str) -> str:
+    """What a Trainer reported, without a base that was not used or a data set without a name; it cannot know."""
+    trainers = trainers.replace(" on the None dataset", "")
     base = _pretrained_base(plan)
     if base is not None and hub_base(plan) is not None:
         return trainers
@@ -102,7 +103,8 @@ def _our_part(plan: Plan, folder: Path, old: Parts, place: dict[str, str]) -> st
         )
     if unsaved:
         base = "the base model it was trained over" if base_name in (None, "memory") else f"`{base_name}`"
-        parts.append(f"{unsaved:,} frozen pretrained weights are not in it either: they come from {base}.")
+        also = " either" if drawn else ""
+        parts.append(f"{unsaved:,} frozen pretrained weights are not in it{also}: they come from {base}.")
     else:
         parts.append("Nothing else is needed to rebuild it.")
     loader = None if unsaved and base_name in (None, "memory") else loader_of(architecture, class_name)
@@ -120,7 +122,7 @@ A [LottaLoRA](https://arxiv.org/abs/2604.08749) adapter. {" ".join(parts)}
 {_snippet(class_name, architecture, loader, place)}
 ```
 
-{_ELSEWHERE.format(path=place.get("path", _HERE)) if architecture is not None else ""}
+{_ELSEWHERE.format(path=place.get("path", _HERE), preprocessor=_preprocessor(plan)) if architecture is not None else ""}
 | | |
 |---|---|
 {rows}
@@ -129,6 +131,13 @@ A [LottaLoRA](https://arxiv.org/abs/2604.08749) adapter. {" ".join(parts)}
 
 {chr(10).join([*(f"- {name} {number}" for name, number in versions.items()), *old.versions])}
 """
+
+
+def _preprocessor(plan: Plan) -> str:
+    """What a pipeline wants beside a model, as its argument."""
+    names = {"pixel_values": "image_processor=processor", "input_values": "feature_extractor=processor"}
+    names["input_features"] = names["input_values"]
+    return names.get(main_input(plan.survey.class_name) or "", "tokenizer=tokenizer")
 
 
 def _snippet(class_name: str, architecture: Any, loader: str | None, place: dict[str, str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,18 @@ class Part:
     sources: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
     as_it_is: bool
+
+
+def check_shard_size(size: int | str) -> None:
+    """Whether files of weights can be limited to it.
+
+    Raises:
+        ValueError: it is neither a number of bytes above 0 nor a number with a unit.
+    """
+    number = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    unit = r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B"
+    if not number and not (isinstance(size, str) and re.fullmatch(unit, size, re.IGNORECASE)):
+        raise ValueError(f'max_shard_size must be a number of bytes above 0, or such as "5GB", got {size!r}.')
 
 
 class Checkpoint:

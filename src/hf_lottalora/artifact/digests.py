@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -43,6 +44,19 @@ def tensor_digests(keys: Iterable[str], tensor_of: Callable[[str], torch.Tensor]
         for key in list(waiting):
             finish(key)
     return digests
+
+
+def check_digest(digest: str) -> None:
+    """Whether it could be that of an artifact.
+
+    Raises:
+        ValueError: it could not, such as a part of one.
+    """
+    if not isinstance(digest, str) or re.fullmatch("[0-9a-f]{64}", digest) is None:
+        raise ValueError(
+            "digest must be the 64 hexadecimal digits, in lower case, that the model card and `lottalora inspect` show "
+            f"as digest, got {digest!r}."
+        )
 
 
 def digests_one_by_one(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from .config_json import check_config_json
 from .current import current as current
 from .current import whole as whole
 from .hub import HUB_OPTIONS as HUB_OPTIONS
-from .hub import download
+from .hub import check_no_file, download
 from .hub import pinned as pinned
 from .manifest import check_options, check_tensors, read_manifest, warn_of_0_1
 from .reader import ArtifactError, check_file, read_weights_header
@@ -49,12 +49,14 @@ def check_present(path: str | os.PathLike[str], subfolder: str | None = None) ->
     """Refuse a folder without an `adapter_config.json`; PEFT would look for a repository of its name on the hub.
 
     Raises:
-        ArtifactError: it has none, or what is no ordinary file.
+        ArtifactError: it has none, or what is no ordinary file; or it is a file itself.
     """
+    check_no_file(path)
     if Path(path).is_dir() and locate(path, CONFIG_NAME, subfolder) is None:
-        raise ArtifactError(
-            f"Can't find {CONFIG_NAME!r} at '{Path(path, subfolder or '')}'; expected a folder made by save_pretrained."
-        )
+        folder = Path(path, subfolder or "")
+        others = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
+        instead = f" There are some in its folders {', '.join(others)}: pass one as subfolder." if others else ""
+        raise ArtifactError(f"Can't find {CONFIG_NAME!r} at '{folder}', expected a saved adapter.{instead}")
 
 
 def check_any_present(path: str | os.PathLike[str], subfolder: str | None = None) -> None:

@@ -20,8 +20,20 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from .reader import ArtifactError
+
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 CLIENT_ERROR: Any = HfHubHTTPError.__bases__[0]  # what the HTTP client raises, httpx or httpx2
+
+
+def check_no_file(path: str | os.PathLike[str]) -> None:
+    """Refuse a file: an artifact is a folder, or a repository on the hub.
+
+    Raises:
+        ArtifactError: it is one.
+    """
+    if Path(path).is_file():
+        raise ArtifactError(f"{path} is a file, expected an artifact's folder, or the name of a hub repository.")
 
 
 def download(repo_id: str, filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
@@ -59,8 +71,9 @@ def reason(error: BaseException, repo_id: str, name: str, revision: str | None =
         return f"{repo_id!r} is neither a folder that exists nor the name of a hub repository, such as 'user/name'."
     if isinstance(cause, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return (
-            f"{what} is not in the cache, and the hub was not asked for it: HF_HUB_OFFLINE is set, or "
-            "local_files_only=True. Load it once without, or name the cache that has it in cache_dir."
+            f"There is no folder {repo_id!r} here. {what} is not in the cache, and the hub was not asked for it: "
+            "HF_HUB_OFFLINE is set, or local_files_only=True. Load it once without, or name the cache that has it in "
+            "cache_dir."
         )
     if isinstance(cause, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}: no branch, tag or commit of that name."
@@ -80,8 +93,10 @@ def pinned(path: str | os.PathLike[str], subfolder: str | None = None, **hub: An
     """The hub's options with the commit that is there now as `revision`; a folder's are returned as they are.
 
     Raises:
+        ArtifactError: it is a file.
         OSError: as `download`.
     """
+    check_no_file(path)
     if Path(path).is_dir():
         return hub
     file = download(str(path), CONFIG_NAME, subfolder, **hub)

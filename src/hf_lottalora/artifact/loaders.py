@@ -39,6 +39,11 @@ def loader_of(architecture: Any, class_name: str) -> str | None:
     )
 
 
+def main_input(class_name: str) -> str | None:
+    """What a class of transformers takes first, such as "pixel_values"."""
+    return getattr(getattr(transformers, class_name, None), "main_input_name", None)
+
+
 def pipeline_tag(architecture: Any, class_name: str) -> str | None:
     """The hub's name for what a model does, by transformers' own tables; None where they have none."""
     from transformers.modelcard import TASK_MAPPING  # both import much, for saving only
@@ -49,7 +54,7 @@ def pipeline_tag(architecture: Any, class_name: str) -> str | None:
     auto = LOADERS.get(loader_of(architecture, class_name) or "")
     tasks = [task for task, entry in SUPPORTED_TASKS.items() if auto is not None and auto in entry["pt"]]
     tasks += [task for task, names in TASK_MAPPING.items() if class_name in _flat(names.values())]
-    pixels = getattr(getattr(transformers, class_name, None), "main_input_name", "") == "pixel_values"
+    pixels = main_input(class_name) == "pixel_values"
     if pixels and "image-feature-extraction" in tasks:
         return "image-feature-extraction"
     return next(iter(tasks), None)

@@ -21,7 +21,7 @@ from transformers import Trainer
 from ..config import LottaLoraConfig
 from ..plan.plan import MANIFEST_KEY
 from . import reader
-from .card import card_text, hub_base, write_card
+from .card import card_text, hub_base, reported, write_card
 from .card_parts import split
 from .files import check_any_present, read_weights
 from .hub import HUB_OPTIONS, local_copy, reason
@@ -138,7 +138,11 @@ def create_model_card(theirs: Callable[..., Any], trainer: Any, *args: Any, **kw
     revision = getattr(trainer.args, "hub_revision", None) if trainer.hub_model_id else None
     place = {"path": trainer.hub_model_id, "revision": None if revision == "main" else revision, "subfolder": subfolder}
     weights = (top / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME).is_file()  # else our part comes with them
-    text = card_text(plan, top / (subfolder or ""), card, **place) if weights else card.text(card.data, "")
+    if weights:
+        text = card_text(plan, top / (subfolder or ""), card, **place)
+    else:
+        card.data.library_name, card.trainer = "peft", reported(plan, card.trainer)
+        text = card.text(card.data, "")
     file.write_text(text, encoding="utf-8")
 
 

@@ -169,10 +169,10 @@ class _Losses:
     def add(self, group: str, x: torch.Tensor, restored: torch.Tensor) -> None:
         squares, errors, largest = self.sums.get(group, (0.0, 0.0, 0.0))
         wide = torch.promote_types(x.dtype, torch.float32)
-        squares += float(torch.linalg.vector_norm(x, dtype=wide)) ** 2
+        squares += _norm(x, wide) ** 2
         if restored is not x:
             off = x.to(wide) - restored.to(wide)
-            errors += float(torch.linalg.vector_norm(off)) ** 2
+            errors += _norm(off, wide) ** 2
             largest = max(largest, float(off.abs().max()))
         self.sums[group] = (squares, errors, largest)
 
@@ -182,6 +182,11 @@ class _Losses:
             return before
         relative = math.sqrt(errors / squares) if squares else 0.0
         return Loss(float(f"{relative:.3g}"), float(f"{largest:.3g}"))
+
+
+def _norm(x: torch.Tensor, dtype: torch.dtype) -> float:
+    norm = float(torch.linalg.vector_norm(x, dtype=dtype))
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def diff(first: str, second: str, **where: Any) -> Outcome:
         "second": {"path": second, "digest": theirs.get("artifact")},
         "facts": _changes({key: mine.get(key) for key in _FACTS}, {key: theirs.get(key) for key in _FACTS}),
         "options": _changes(mine.get("options") or {}, theirs.get("options") or {}),
-        "architecture": _changes(_flat(mine.get("architecture")), _flat(theirs.get("architecture"))),
+        "architecture": _changes(_values(mine), _values(theirs)),
         "scaffold": _names(mine["scaffold"], theirs["scaffold"]),
         "base_model": _names(mine["kept"], theirs["kept"]),
         "tensors": _tensors(one, other),
@@ -57,6 +58,10 @@ def diff(first: str, second: str, **where: Any) -> Outcome:
 def _changes(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, list[Any]]:
     keys = sorted(mine.keys() | theirs.keys())
     return {key: [mine.get(key), theirs.get(key)] for key in keys if mine.get(key) != theirs.get(key)}
+
+
+def _values(content: Mapping[str, Any]) -> dict[str, Any]:
+    return _flat((content.get("architecture") or {}).get("values"))
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -110,7 +115,7 @@ def _text(same: bool, data: dict[str, Any]) -> str:
     lines = [f"--- {data['first']['path']}  {data['first']['digest']}"]
     lines.append(f"+++ {data['second']['path']}  {data['second']['digest']}")
     for part in ("facts", "options", "architecture"):
-        lines += [f"{part}: {key}: {mine!r} -> {theirs!r}" for key, (mine, theirs) in data[part].items()]
+        lines += [f"{part}: {key}: {_brief(mine)} -> {_brief(theirs)}" for key, (mine, theirs) in data[part].items()]
     for part, what in (("scaffold", "is drawn otherwise"), ("base_model", "is of another base model")):
         lines += [f"{part}: {name} {what}" for name in data[part]]
     lines += [f"tensors: {name} only in the first" for name in data["tensors"]["only_in_first"]]
@@ -124,6 +129,10 @@ def _text(same: bool, data: dict[str, Any]) -> str:
             how += f", {dtypes[0]} -> {dtypes[1]}" if dtypes[0] != dtypes[1] else ""
         lines.append(f"tensors: {entry['name']}: {how}")
     return "\n".join(lines)
+
+
+def _brief(value: Any) -> str:
+    return reprlib.aRepr.repr(value)
 
 
 def _figure(value: float | None) -> str:

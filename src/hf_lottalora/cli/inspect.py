@@ -114,7 +114,7 @@ def _text(data: dict[str, Any], loss: str | None) -> str:
         "digest": data["digest"] or "none: an artifact of version 0.1",
         "scaffold": f"{data['scaffold_tensors']} tensors, format {data['format_version']}, {data['scaffold_digest']}",
         "of base model": data["tensors_of_base_model"] or None,
-        "parameters": data["parameters"],
+        "stored values": data["parameters"],
         "saved in": loss,
         **{name: f"{size:,} bytes" for name, size in data["files"].items()},
         "versions": ", ".join(f"{name} {version}" for name, version in data["versions"].items() if version),

@@ -101,8 +101,9 @@ def _opened(path: str, given: Mapping[str, Any], where: Mapping[str, Any]) -> tu
     """The `config.json`, checked, and the config to plan with."""
     hub = {name: where[name] for name in ("revision", "token") if where.get(name) is not None}
     if Path(path).is_file():
-        file: str | None = path
-    elif locate(path, CONFIG_NAME, where.get("subfolder"), **hub) is not None:
+        return _checked(path), _config(given)
+    file = locate(path, "config.json", where.get("subfolder"), **hub)
+    if locate(path, CONFIG_NAME, where.get("subfolder"), **hub) is not None:
         if given:
             raise WrongUsageError(
                 f"{path} is an artifact, which has its own {', '.join(given)}. Leave the options out."
@@ -113,13 +114,19 @@ def _opened(path: str, given: Mapping[str, Any], where: Mapping[str, Any]) -> tu
                 f"{path} has no config.json: it is of a plain nn.Module, which only its code can build."
             )
         return config._artifact_architecture, config
-    else:
-        file = locate(path, "config.json", where.get("subfolder"), **hub)
     if file is None:
         raise ArtifactError(f"{path} has no config.json, expected that of an architecture of transformers.")
+    return _checked(file), _config(given)
+
+
+def _checked(file: str) -> str:
     check_config_json(file, 0)
+    return file
+
+
+def _config(given: Mapping[str, Any]) -> LottaLoraConfig:
     try:
-        return file, LottaLoraConfig(**{"seed": 0, **given})
+        return LottaLoraConfig(**{"seed": 0, **given})
     except (TypeError, ValueError) as error:
         raise WrongUsageError(str(error)) from error
 

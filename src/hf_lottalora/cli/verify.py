@@ -44,6 +44,8 @@ def verify(
     try:
         config = read_config(folder)
     except ValueError as error:
+        if isinstance(error.__cause__, OSError):  # a file could not be read
+            raise
         return _failed(data, "files", error)
     if config._artifact_architecture is None:
         raise ArtifactError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import cast
@@ -55,9 +56,10 @@ def plan_adapters(survey: Survey, config: LottaLoraConfig, extra: set[str]) -> t
         asked = getattr(config, option)
         names = sorted(asked) if isinstance(asked, (set, list)) else asked
         guess = "" if asked is None else meant(asked, (module.path for module in survey.modules))
+        there = _layers(survey, config) or layers_there_are(survey)
         raise ValueError(
             f"{option}={names}{','.join(narrowed)} matches no linear layer, convolution or embedding of "
-            f"{survey.class_name} outside what is trained as a whole{guess}. {layers_there_are(survey)}"
+            f"{survey.class_name} outside what is trained as a whole{guess}. {there}"
         )
     embedding = _embedding_adapter(survey, config) if config.embeddings == "lora" else None
     if embedding is not None and embedding not in adapters and not under(embedding.path, extra):
@@ -183,11 +185,20 @@ def _trained_rows(
             table = next(t for t in survey.tensors if f"{module.path}.weight" in t.aliases)
             wrong = [i for i in ids if i >= module.in_features or i == table.zero_row]
             if wrong:
-                raise ValueError(
-                    f"{where}, which has {module.in_features} rows of which {table.zero_row} is padding, got {wrong}."
-                )
+                padding = "" if table.zero_row is None else f" of which {table.zero_row} is padding"
+                raise ValueError(f"{where}, which has {module.in_features} rows{padding}, got {wrong}.")
             sizes = (module.in_features, module.out_features, len(ids), 1.0)
             yield PlannedAdapter(module.path, "rows", *sizes, rows=tuple(sorted(ids)))
+
+
+def _layers(survey: Survey, config: LottaLoraConfig) -> str:
+    """Which layers there are, if `layers_to_transform` names none of them."""
+    given = config.layers_to_transform
+    wanted = {given} if isinstance(given, int) else set(given or ())
+    numbers = {int(number) for module in survey.modules for number in re.findall(r"(?:^|\.)(\d+)\.", module.path)}
+    if not wanted or not numbers or numbers & wanted:
+        return ""
+    return f"Its layers have the numbers {min(numbers)} to {max(numbers)}."
 
 
 def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:

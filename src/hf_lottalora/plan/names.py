@@ -11,14 +11,14 @@ from .survey import Survey
 
 
 def near(name: str, paths: Iterable[str]) -> str:
-    """`; did you mean ...?` with the names in these paths that look like it, "" where none does.
+    """` (did you mean ...?)` with the name in these paths that looks like it, "" where none does.
 
     Example:
         >>> near("q_porj", ["layers.0.q_proj", "layers.0.k_proj"])
-        "; did you mean 'q_proj'?"
+        " (did you mean 'q_proj'?)"
     """
     close = _nearest(name, paths)
-    return f"; did you mean {close!r}?" if close else ""
+    return f" (did you mean {close!r}?)" if close else ""
 
 
 def meant(given: str | Iterable[str], paths: Iterable[str]) -> str:
@@ -26,11 +26,11 @@ def meant(given: str | Iterable[str], paths: Iterable[str]) -> str:
 
     Example:
         >>> meant("q_proj", ["layers.0.q_proj", "layers.0.k_proj"])
-        "; did you mean ['q_proj']? A string is a regular expression for whole paths"
+        " (did you mean ['q_proj']? A string is a regular expression for whole paths)"
     """
     names, paths = [given] if isinstance(given, str) else sorted(given), list(paths)
     if given != "all-linear" and any(re.sub("[^a-z]", "", name.lower()) == "alllinear" for name in names):
-        return "; did you mean the string 'all-linear'?"
+        return " (did you mean the string 'all-linear'?)"
     if not isinstance(given, str):
         return next((guess for name in names if (guess := near(name, paths))), "")
     end = re.search(r"\w+(\.\w+)*$", given)
@@ -38,7 +38,7 @@ def meant(given: str | Iterable[str], paths: Iterable[str]) -> str:
         return near(end[0], paths) if end else ""
     there = any(path == given or path.endswith(f".{given}") for path in paths)
     close = given if there else _nearest(given, paths)
-    return f"; did you mean {[close]}? A string is a regular expression for whole paths" if close else ""
+    return f" (did you mean {[close]}? A string is a regular expression for whole paths)" if close else ""
 
 
 def _nearest(name: str, paths: Iterable[str]) -> str | None:

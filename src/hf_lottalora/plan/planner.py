@@ -50,6 +50,8 @@ def make_plan(model: nn.Module, config: LottaLoraConfig) -> Plan:
             f"make_plan takes a model, got a {type(model).__name__}. Built within accelerate's init_empty_weights, a "
             "model costs no memory."
         )
+    if not isinstance(config, LottaLoraConfig):
+        raise TypeError(f"make_plan takes a LottaLoraConfig, got a {type(config).__name__}.")
     return plan_from_survey(survey_model(model), copy.copy(config))
 
 
@@ -306,9 +308,10 @@ def warn_of_losses(plan: Plan, config: LottaLoraConfig) -> None:
         )
     if plan.survey.pretrained_from and redraw != "none" and plan.scaffold:
         keep = "" if redraw == "targets" else "Pass redraw='targets' to replace only the adapted layers, or "
+        drawn = [*plan.scaffold, *(t for t in plan.with_role("trained") if isinstance(t.start, ScaffoldTensor))]
         warnings.warn(
             f"redraw={redraw!r} draws over weights that were loaded from {plan.survey.pretrained_from!r}: "
-            f"{len(plan.scaffold)} tensors become random. {keep or 'Pass '}redraw='none' to keep them all; to train "
+            f"{len(drawn)} tensors become random. {keep or 'Pass '}redraw='none' to keep them all; to train "
             "from a seed, AutoModel.from_config loads nothing.",
             UserWarning,
             stacklevel=2,

@@ -131,15 +131,25 @@ class Reported:
             [
                 f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of "
                 f"which A, B and beta {self.adapter_parameters:,}",
-                f"adapters  on {len(self.targets)} layers ({self.rule})",
+                f"adapters  on {len(self.targets)} layers ({self.rule})" + self._beside_targets(),
                 *(f"left out  {left}{left.option and f' ({left.option})'}" for left in self.left_out),
                 *(
                     [f"forward   {len(around)} of them keep their own, and one output each: {', '.join(classes)}"]
                     * bool(around)
                 ),
-                f"artifact  about {self.artifact_bytes():,} bytes; the scaffold is not in it, it is the seed",
+                f"artifact  about {self.artifact_bytes():,} bytes" + self._not_in_it(),
             ],
         )
+
+    def _beside_targets(self: Any) -> str:
+        others = [adapter.path for adapter in self.adapters if adapter.shapes and adapter.module not in self.targets]
+        return f", and on {', '.join(others)}" if others else ""
+
+    def _not_in_it(self: Any) -> str:
+        scaffold = "; the scaffold is not in it, it is the seed" if self.scaffold else ""
+        kept = sum(tensor.survey.numel for tensor in self.with_role("kept") if not tensor.saved)
+        base = f"; nor are {kept:,} kept parameters, which loading takes from the base model" if kept else ""
+        return scaffold + base
 
 
 _ADAPTER_OPTIONS = (

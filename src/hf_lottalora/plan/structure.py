@@ -37,6 +37,7 @@ NO_PROJECTION = re.compile(
 )
 # Looking at these of a weight does not multiply with it.
 _LOOKS = {"dtype", "device", "shape", "size", "ndim", "dim", "is_meta", "requires_grad", "numel", "element_size"}
+_SIZES = {"stride", "kernel_size", "padding", "dilation", "groups", "in_channels", "out_channels"}
 _NOT_FORWARD = {
     "__init__",
     "_init_weights",
@@ -87,11 +88,21 @@ def weights_read(model: nn.Module) -> set[str]:
     found = set()
     for path, module in model.named_modules(remove_duplicate=False):
         kind: Any = type(module)
-        layers, tables = _weights_read_by(kind)
+        layers, tables, _ = _weights_read_by(kind)
         for below in layers | tables:
             for place, part in _below(module, below.split(".")):
                 if below in layers or isinstance(part, nn.Embedding):
                     found.add(f"{path}.{place}" if path else place)
+    return found
+
+
+def sizes_read(model: nn.Module) -> set[str]:
+    """Paths of modules of which some other module's code reads a stride or the like, or that it hands to a function."""
+    found: set[str] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind: Any = type(module)
+        for below in _weights_read_by(kind)[2]:
+            found.update(f"{path}.{place}" if path else place for place, _ in _below(module, below.split(".")))
     return found
 
 
@@ -119,11 +130,13 @@ def _calls_mixer(kind: Any) -> bool:
 
 
 @cache
-def _weights_read_by(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """Paths below a module, stars for any child: of layers that an adapter would not reach; of all it looks into."""
+def _weights_read_by(kind: Any) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """Paths below a module, stars for any child: of layers that an adapter would not reach; of all it looks into; of
+    those whose sizes may be read.
+    """
     functions = list(_functions(kind))
     readers = {function.name: _layers_read(function) for function in functions}
-    read, called, multiplied, handed_on = set(), set(), set(), set()
+    read, called, multiplied, handed_on, sizes = set(), set(), set(), set(), set()
     for function in functions:
         names = _names(function)
         looked_at = {
@@ -144,10 +157,12 @@ def _weights_read_by(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
                 operands = [node.left, node.right]
             elif _is_weight(node) and id(node) not in looked_at:
                 read.add(_path(node.value, names))
+            elif isinstance(node, ast.Attribute) and node.attr in _SIZES:
+                sizes.add(_path(node.value, names))
             multiplied |= {_path(operand.value, names) for operand in operands if _is_weight(operand)}
     # Where code calls a layer and also looks into its weight, only products and kernels with the whole weight count.
     past = (read if _FUSED.search(_source(kind)) else read - called) | multiplied
-    return frozenset(past - {""}), frozenset((read | handed_on) - {""})
+    return frozenset(past - {""}), frozenset((read | handed_on) - {""}), frozenset((sizes | handed_on) - {""})
 
 
 def _names(function: ast.FunctionDef) -> dict[str, str]:

@@ -255,13 +255,16 @@ def register_family(
         scale_rule: what `LottaLoraConfig(scale=None)` means for this family.
 
     Raises:
-        ValueError: the name is taken by another table, the size fits no number of bits, or a value is not finite.
+        ValueError: the name is taken by another table, the size fits no number of bits, or the values are all equal or
+            not finite.
 
     Example:
         >>> from hf_lottalora import register_family
         >>> register_family("three_to_one", table=[-1, -1, -1, 3]).bits
         2
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"A family's name must be a string, got {name!r}.")
     if (quantile is None) == (table is None):
         raise ValueError("register_family takes a quantile function or a table, one of them.")
     if table is not None:
@@ -279,6 +282,8 @@ def register_family(
         raise ValueError(f"scale_rule must be one of {sorted(SCALE_RULES.keys() - {'gain'})}, got {scale_rule!r}.")
     assert quantile is not None
     family = Family(name, bits, quantile, table_digest(_table(quantile, bits)), description, scale_rule)
+    if not _table(quantile, bits).any():
+        raise ValueError(f"All values of family {name!r} are equal, expected a distribution. For none use 'zero'.")
     known = FAMILIES.get(name)
     if known is not None and (known.bits, known.table_digest, known.scale_rule) != (
         bits,

@@ -164,6 +164,7 @@ def run_starts(numel: int) -> list[int]:
     return sorted({j * (numel - _RUN) // (RUNS - 1) for j in range(RUNS)})
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # would trace NumPy's drawing
 def draw_into(
     targets: Mapping[ScaffoldTensor, torch.Tensor],
     threads: int | None = None,

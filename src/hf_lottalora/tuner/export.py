@@ -7,6 +7,7 @@ tensors in memory, for a moment in float32 a few times. The model stays as it is
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..artifact.arguments import one_dtype
-from ..artifact.checkpoint import Checkpoint, described
+from ..artifact.checkpoint import Checkpoint, check_shard_size, described
 from ..artifact.companions import companions
 from ..artifact.hub import HUB_OPTIONS, pinned
 from ..artifact.loading import load_model
@@ -80,10 +81,11 @@ def export_dense(
         ...     type(AutoModel.from_pretrained(export_dense(model, folder))).__name__
         'BertModel'
     """
+    check_shard_size(max_shard_size)
     target, wanted = check_free(folder, overwrite), one_dtype(dtype, None)
     model, beside = opened(model_or_path, loading, wanted)
     tuner = tuner_of(model)
-    names = tuner.active_adapters if adapter_names is None else adapter_names
+    names = list(dict.fromkeys(tuner.active_adapters if adapter_names is None else adapter_names))
     with (
         exported(tuner, names, _merged, wanted) as (checkpoint, value_of),
         progress("Exporting", sum(tensor.numel() for tensor in checkpoint.tensors.values())) as done,
@@ -141,11 +143,11 @@ def opened(
 
 @contextmanager
 def exported(
-    tuner: LottaLoraModel, adapters: list[str], combine: Combine, dtype: torch.dtype | None
+    tuner: LottaLoraModel, adapters: list[str], combine: Combine, dtype: torch.dtype | None, merged: bool = True
 ) -> Iterator[tuple[Checkpoint, Callable[[str], torch.Tensor]]]:
     """The checkpoint of a model whose adapters are combined into its tensors, and what gives each value.
 
-    Within the context the trained tensors of these adapters are in place.
+    Within the context the trained tensors of these adapters are in place. `merged` says whether they are merged whole.
 
     Raises:
         ValueError: something cannot be combined; the message names it. Nothing was changed.
@@ -155,7 +157,7 @@ def exported(
     if tuner._switched:
         raise ValueError("Leave scaffold_seed and scaffold_off before an export. Nothing was written.")
     model, owner, before = tuner.model, tuner.trained.owner_among(adapters), tuner.trained.installed
-    combined = _combined(tuner, adapters)
+    combined = _combined(tuner, adapters, merged)
     planned = tuner.first_plan.tensors
     for tensor in planned:
         if tensor.survey.held is not None:
@@ -193,7 +195,9 @@ def _paths(tensor: PlannedTensor) -> Iterable[str]:
     return {tensor.path, *tensor.survey.aliases}
 
 
-def _combined(tuner: LottaLoraModel, adapters: list[str]) -> dict[str, tuple[ScaffoldLayer, str, list[str]]]:
+def _combined(
+    tuner: LottaLoraModel, adapters: list[str], merged: bool
+) -> dict[str, tuple[ScaffoldLayer, str, list[str]]]:
     """The tensors that these adapters change, by path, each with its layer and the adapters there."""
     found: dict[str, tuple[ScaffoldLayer, str, list[str]]] = {}
     for tensor in tuner.first_plan.tensors:
@@ -204,7 +208,8 @@ def _combined(tuner: LottaLoraModel, adapters: list[str]) -> dict[str, tuple[Sca
         added = [name for name in adapters if layer._has(name) and name not in layer.merged_adapters]
         if added:
             try:
-                layer.check_mergeable(added)
+                if merged:
+                    layer.check_mergeable(added)
             except ValueError as error:
                 raise ValueError(f"{tensor.path!r} cannot be exported: {error} Nothing was written.") from error
             found[tensor.path] = (layer, attribute, [*layer.merged_adapters, *added])
@@ -232,4 +237,5 @@ def write_model(
 def remove_checkpoint(folder: Path) -> None:
     """Remove the weights of a checkpoint: those of another number of files would be loaded instead of the new ones."""
     for file in folder.glob("model*.safetensors*"):
-        file.unlink()
+        if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file.name):
+            file.unlink()

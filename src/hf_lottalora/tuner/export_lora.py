@@ -19,11 +19,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..artifact.arguments import one_dtype
+from ..artifact.checkpoint import check_shard_size
 from ..artifact.writing import staged
 from ..config import LottaLoraConfig
 from ..layers.layer import ScaffoldLayer
 from ..paths import clean_modules
 from ..plan.plan import Plan, PlannedAdapter, saved_key
+from ..plan.structure import sizes_read
 from .export import _SHARD, check_free, exported, opened, remove_checkpoint, write_model
 from .model import LottaLoraModel, tuner_of
 from .progress import progress
@@ -80,6 +82,7 @@ def export_lora(
         ...     sorted(path.name for path in export_lora(model, folder).iterdir())
         ['adapter', 'base']
     """
+    check_shard_size(max_shard_size)
     target, wanted = check_free(folder, overwrite), one_dtype(dtype, None)
     check_free(target / BASE, overwrite)
     model, beside = opened(model_or_path, loading, wanted)
@@ -87,7 +90,7 @@ def export_lora(
     name = _the_one(tuner) if adapter_name is None else adapter_name
     _check_plain(tuner, name)
     with (
-        exported(tuner, [name], _with_beta, wanted) as (checkpoint, value_of),
+        exported(tuner, [name], _with_beta, wanted, merged=False) as (checkpoint, value_of),
         progress("Exporting", sum(tensor.numel() for tensor in checkpoint.tensors.values())) as done,
         staged(target, {}, checkpoint.nbytes) as stage,
     ):
@@ -97,7 +100,7 @@ def export_lora(
         for file in beside:
             shutil.copyfile(file, base / file.name)
         adapter.mkdir()
-        _write_adapter(tuner, name, adapter, base_name or str(target / BASE))
+        _write_adapter(tuner, name, adapter, base_name or str(target.absolute() / BASE))
         remove_checkpoint(target / BASE)
     return target
 
@@ -119,8 +122,11 @@ def _check_plain(tuner: LottaLoraModel, name: str) -> None:
     if name not in tuner.plans:
         return  # is said by what follows
     modules = dict(clean_modules(tuner.model))
+    looked_at = sizes_read(tuner.model)
     for adapter in tuner.plans[name].adapters:
         reason = _not_plain(adapter, modules[adapter.module])
+        if adapter.path in looked_at and adapter.kind == "conv":
+            reason = "the model reads this convolution's stride and the like, which PEFT's layer does not tell"
         if reason is None and tuner.base.layer_of(adapter.weight) is not None:
             layer = tuner.model.get_submodule(adapter.path)
             reason = "adapters are merged into it (call unmerge_adapter() first)" if layer.merged else None

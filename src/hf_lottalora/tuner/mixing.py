@@ -24,7 +24,7 @@ from ..layers.mixed import RowAdapters
 from ..layers.walk import outside_adapters
 from ..paths import owner_of
 from ..plan.plan import PlannedTensor
-from .row_probe import FoundRows, find_rows, structure
+from .row_probe import FoundRows, check_rows, find_rows, structure
 from .trained import TrainedTensors
 
 _ONE_BY_ONE = "Run the adapters one after the other with set_adapter."
@@ -46,18 +46,19 @@ class Mixing:
         """Within it the model computes row i, of those that `num_beams` make of each, with the adapter `names[i]`.
 
         Raises:
-            ValueError: by the forward within, before it runs: a tensor or layer of one of the adapters is not in a
-                module that has the rows first. The model is as it was.
+            ValueError: by the forward within, before it runs: there are not as many names as rows, or a tensor or layer
+                of one of the adapters is not in a module that has the rows first. The model is as it was.
         """
         batch = _Batch(self.model, self.trained, self.found, names, num_beams)
         with ExitStack() as stack:
             stack.enter_context(batch.layers_named())
+            encoder = _get_encoder(self.model)
+            entrances = {self.model: len(names) * num_beams, **({} if encoder is None else {encoder: len(names)})}
+            enter = batch.entrance
             if batch.alone is not None:
                 stack.enter_context(batch.standing(batch.alone, batch.tensors))
-            else:
-                encoder = _get_encoder(self.model)
-                entrances = {self.model: len(names) * num_beams, **({} if encoder is None else {encoder: len(names)})}
-                stack.enter_context(_forwards({m: batch.entrance(m, rows) for m, rows in entrances.items()}))
+                enter = _counting
+            stack.enter_context(_forwards({module: enter(module, rows) for module, rows in entrances.items()}))
             yield
 
 
@@ -269,6 +270,17 @@ class _Batch:
                 if at not in found.called and not at.endswith(".base_layer"):  # a layer looks itself
                     guards[owner] = partial(_refuse, at)
         return guards
+
+
+def _counting(module: nn.Module, rows: int) -> Callable[..., Any]:
+    original = module.forward
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        check_rows((args, kwargs), rows)
+        return original(*args, **kwargs)
+
+    return forward
 
 
 def _unforeseen(path: str) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,15 +84,15 @@ def find_rows(
         ValueError: the inputs have not so many rows, it cannot be told which of them have, or the model does not run
             on some of them.
     """
-    _check_inputs(inputs, rows)
+    _check_told_apart(check_rows(inputs, rows), rows)
     runs = []
     for count in (1, 2):
         run = _Run(model, prefix, watched)
-        args, kwargs = _first_rows(inputs, rows, count)
         try:
-            with torch.no_grad(), PrivateRandomness(), run:
+            args, kwargs = _first_rows(inputs, rows, count)
+            with torch.no_grad(), PrivateRandomness(), _no_autocast_cache(), run:
                 forward(*args, **kwargs)
-        except Exception as error:  # whatever a foreign forward raises
+        except Exception as error:  # whatever a foreign forward raises, or a cache that has no rows
             raise ValueError(
                 f"adapter_names needs to know where the rows of a batch are in {type(model).__name__}. It was run on "
                 f"the first {count} of {rows} rows to find out, and raised {type(error).__name__}: {error} Run the "
@@ -109,13 +110,34 @@ def find_rows(
     )
 
 
-def _check_inputs(inputs: tuple[tuple[Any, ...], dict[str, Any]], rows: int) -> None:
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps casts of parameters, and would read each once only, for one of the calls that are looked at."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def check_rows(inputs: tuple[tuple[Any, ...], dict[str, Any]], rows: int) -> list[torch.Tensor]:
+    """The inputs that have so many rows.
+
+    Raises:
+        ValueError: there is none.
+    """
     found: list[torch.Tensor] = []
     recursively_apply(found.append, inputs)
     tensors = [tensor for tensor in found if _size(tensor) == rows]
     if not tensors:
         sizes = [tuple(tensor.shape) for tensor in found]
         raise ValueError(f"adapter_names has {rows} names, and no input has so many rows: they have shapes {sizes}.")
+    return tensors
+
+
+def _check_told_apart(tensors: list[torch.Tensor], rows: int) -> None:
     if any(rows in tensor.shape[1:] for tensor in tensors) and any(tensor.dim() == 1 for tensor in tensors):
         raise ValueError(
             f"adapter_names cannot tell whether an input of shape ({rows},) has an entry for each of {rows} rows: "

@@ -149,9 +149,12 @@ class Switching:
                 f"adapter_names is not supported with adapters on nn.MultiheadAttention, as in {attention!r}: they are "
                 "summed into its matrices, one sum for all rows. Run the adapters one after the other with set_adapter."
             )
+        given = [] if isinstance(names, str) else list(names)
+        if not given or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"adapter_names must be a list with the name of an adapter for each row, got {names!r}.")
         hooks.__enter__()
         try:
-            with self.mixing.batch(list(names), kwargs.get("num_beams") or 1):
+            with self.mixing.batch(given, kwargs.get("num_beams") or 1):
                 yield
         finally:
             hooks.__exit__(None, None, None)  # told of an error, PEFT's would leave its hooks behind

@@ -63,14 +63,14 @@ class TrainedTensors(nn.Module):
         """Make the adapter's copies, with their starting values if `start`; they are not installed yet."""
         shelf = _Shelf()
         draws: dict[ScaffoldTensor, torch.Tensor] = {}
-        taken = {path for planned in self.planned.values() for path in planned}
         planned = {tensor.path: tensor for tensor in plan.with_role("trained")}
         for path, tensor in planned.items():
             owner, attribute = owner_of(model, path)
             live = getattr(owner, attribute).detach()
-            # What can be made again needs no second copy: the first adapter trains in the base tensor's own memory.
+            # What can be made again needs no second copy: the first adapter, which is installed at once, trains in the
+            # base tensor's own memory. With others there, one of them may read what stands in the model now.
             in_memory = not live.is_meta and not isinstance(live, VirtualWeight)
-            reuse = tensor.base is not None and path not in taken and in_memory
+            reuse = tensor.base is not None and not self.planned and in_memory
             device = "cpu" if live.is_meta else live.device
             copy = live if reuse else torch.empty(live.shape, dtype=live.dtype, device=device)
             if not start:
