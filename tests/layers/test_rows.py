@@ -201,7 +201,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("build", "changes", "message"),
     [
-        (llama, {"trainable_token_indices": [99]}, "which has 99 rows of which None is padding, got .99."),
+        (llama, {"trainable_token_indices": [99]}, "which has 99 rows, got .99."),
         (bert, {"trainable_token_indices": [0]}, "which has 99 rows of which 0 is padding, got .0."),
         (llama, {"embeddings": "lora"}, "rows of 'model.embed_tokens', which carries an adapter. Drop one"),
         (
