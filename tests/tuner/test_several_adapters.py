@@ -65,6 +65,25 @@ def test_what_one_adapter_trains_and_another_keeps(tmp_path: Path, options: dict
     assert torch.equal(logits(model), first)
 
 
+def test_another_adapter_is_over_the_same_base_to_the_bit(tmp_path: Path) -> None:
+    """Also where digests have no sample."""
+    options = {"redraw": "none", "save_kept": True}
+    base = BertForQuestionAnswering(BertConfig(**{**SIZES, "hidden_size": 96, "intermediate_size": 96})).eval()
+    other = copy.deepcopy(base)
+    model = get_peft_model(base, config(**options)).eval()
+    perturb(model)
+    get_peft_model(copy.deepcopy(other), config(**options)).save_pretrained(tmp_path / "same")
+    with torch.no_grad():
+        other.bert.encoder.layer[0].intermediate.dense.weight.view(-1)[100] += 5
+    get_peft_model(other, config(**options)).save_pretrained(tmp_path / "other")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_adapter(tmp_path / "same", "same")
+    with pytest.raises(ValueError, match=r"another '.*intermediate\.dense\.weight' than the base model that the other"):
+        model.load_adapter(tmp_path / "other", "other")
+    assert list(model.peft_config) == list(model.base_model.plans) == ["default", "same"]
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+
+
 FROZEN = {"norms": "frozen", "embeddings": "frozen"}
 
 

@@ -94,7 +94,12 @@ def load_adapter(
             options = {}
     if isinstance(config, LottaLoraConfig):
         read_weights(model_id, **options)
-    result = theirs(model, model_id, adapter_name, *args, **kwargs)
+    try:
+        result = theirs(model, model_id, adapter_name, *args, **kwargs)
+    except BaseException:
+        if is_ours(model) and config is None and adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)  # PEFT adds it before it reads the weights
+        raise
     if any(MANIFEST_KEY in key for key in result.unexpected_keys):
         raise ValueError(
             f"{named} has the weights of a LottaLoRA artifact, but its adapter_config.json says peft_type="

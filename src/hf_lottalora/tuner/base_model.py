@@ -186,6 +186,20 @@ class BaseTensors:
                 with in_memory(owner_of(self.model, tensor.path)[0]):
                     yield tensor.name, values_of(self.value(tensor.path))
 
+    def check_kept(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Whether these are the values of the base, which other adapters are over too.
+
+        Raises:
+            ValueError: one is another, by path.
+        """
+        for path, value in values.items():
+            mine = self.value(path)
+            if not torch.equal(value.to(mine.device, mine.dtype), mine):
+                raise ValueError(
+                    f"The artifact has another {path!r} than the base model that the other adapters are over. Nothing "
+                    "was loaded. Load it into a model of its own."
+                )
+
     def verify_unsaved(self, plan: Plan) -> None:
         """Before saving: what is not saved must be what the seed draws. A merged layer's weight is drawn again."""
         for path, spec in plan.scaffold.items():

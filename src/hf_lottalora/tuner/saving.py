@@ -130,6 +130,8 @@ class Saving:
         state_dict = decoded(plan, content.get("stored"), state_dict, "The adapter file")
         config._stored = content.get("stored")
         trained = tuner.trained.parameters_of(tuner.model, adapter_name)
+        if len(tuner.plans) > 1:
+            tuner.base.check_kept({path: state_dict[saved_key(path)] for path in plan.saved if path not in trained})
         with torch.no_grad():
             for path in plan.saved:
                 value = state_dict.pop(saved_key(path))
@@ -137,7 +139,7 @@ class Saving:
                     trained[path].copy_(value)
                 elif tuner.base.is_bare(path):
                     getattr(*owner_of(tuner.model, path)).copy_(value)
-                # else another adapter's copy stands there; the base value is shared and was checked to be the same
+                # else another adapter's copy stands there; the base value is shared, and was found to be the same
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)  # type: ignore[misc]
         # With low_cpu_mem_usage these very tensors are installed. In the file's dtype the model would compute otherwise
         # than without; as they lie in a file they are not aligned, on which the rounding of products depends.
