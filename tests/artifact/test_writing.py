@@ -26,7 +26,7 @@ from tiny import config, llama, logits, perturb
 from transformers import Trainer, TrainingArguments
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM, LottaLoraConfig
-from hf_lottalora.artifact import current, writing
+from hf_lottalora.artifact import current, files, writing
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = {WEIGHTS, CONFIG, "config.json", "README.md"}
@@ -269,6 +269,22 @@ def test_what_changes_while_it_is_read_is_read_again(
     limit = 1000
     with pytest.raises(OSError, match="was saved to while it was loaded, 5 times in a row"):
         LottaLoraConfig.from_pretrained(folder)
+
+
+def test_weights_that_are_exchanged_between_two_looks_at_them(
+    saved: tuple[PeftModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another backbone: then a tensor of the header that was read is not in the file that is opened."""
+    folder, new = saved[1], get_peft_model(llama(num_hidden_layers=1), config(seed=43, r=2))
+    opened, saves = files.safe_open, []
+
+    def overtaken(*args: Any, **kwargs: Any) -> Any:
+        if not saves:
+            saves.append(new.save_pretrained(folder))
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(files, "safe_open", overtaken)
+    assert torch.equal(logits(AutoLottaLoraModelForCausalLM.from_pretrained(folder)), logits(new))
 
 
 def test_a_trainers_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def whole(load: Callable[[], T], path: str | os.PathLike[str], subfolder: str | 
         before = _state(folder)
         try:
             result = load()
-        except (OSError, ValueError):
+        except Exception:  # whatever the halves of two saves lead to, SafetensorError too
             if _state(folder) == before:
                 raise
         else:
