@@ -96,6 +96,7 @@ def register() -> None:
     _add_peft_type()
     from .artifact.peft_methods import install
     from .config import LottaLoraConfig
+    from .tuner import engines
     from .tuner.model import LottaLoraModel
 
     member = PeftType(NAME)
@@ -108,5 +109,6 @@ def register() -> None:
     register_peft_method(name=NAME.lower(), config_cls=LottaLoraConfig, model_cls=LottaLoraModel, prefix="lora_")
     _save_whole()
     install()
+    engines.install()
     _load_without_a_base()
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is LottaLoraModel and PEFT_TYPE_TO_PREFIX_MAPPING[member] == "lora_"

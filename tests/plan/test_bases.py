@@ -80,6 +80,12 @@ def test_distributed_wrappers_are_refused_by_name(one_process: Any) -> None:
     refused(inside(lambda layer: fully_shard(layer, mesh=mesh)), "'model.layers.1' is sharded by fully_shard")
 
 
+def test_partitioned_parameters_are_refused_by_name() -> None:
+    model = llama()
+    model.model.norm.weight.ds_tensor = torch.empty(0)  # as deepspeed.zero.Init leaves it
+    refused(model, "'model.norm' is partitioned by DeepSpeed's ZeRO-3")
+
+
 def compiled_in_place() -> nn.Module:
     model = llama()
     model.model.layers[0].compile(backend="eager")

@@ -45,10 +45,11 @@ def install() -> None:
         (PeftConfigMixin, from_json_file),
         (PeftConfigMixin, _get_peft_type),
     ):
-        _wrap(owner, method)
+        wrap(owner, method)
 
 
-def _wrap(owner: Any, method: Callable[..., Any]) -> None:
+def wrap(owner: Any, method: Callable[..., Any]) -> None:
+    """Put a function in the place of a method of its name; it gets that one as its first argument."""
     theirs = inspect.getattr_static(owner, method.__name__)
     of_class = isinstance(theirs, classmethod)
     function = theirs.__func__ if of_class else theirs

@@ -34,3 +34,8 @@ def check_unwrapped(model: nn.Module) -> None:
                 f"{where} is sharded by fully_shard, so that there are no whole tensors to draw into. Pass the model "
                 "before it is sharded."
             )
+        if any(hasattr(parameter, "ds_tensor") for parameter in module._parameters.values()):
+            raise ValueError(
+                f"{where} is partitioned by DeepSpeed's ZeRO-3, which is not supported over a scaffold. Use DDP or "
+                "FSDP2."
+            )

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 
 from ..scaffold.tensor import ScaffoldTensor
-from . import virtual_operations  # noqa: F401  # what a virtual weight does without all its values
+from . import shards, virtual_operations  # noqa: F401  # what a virtual weight does without all its values
 from .int4 import is_ternary
 from .virtual_weight import Residency, VirtualWeight, held_by
 

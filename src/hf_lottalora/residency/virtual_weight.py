@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -36,6 +38,19 @@ SCRATCH = 1 << 24
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 
 _UNWRITABLE = "{} would write to a scaffold weight that is not in memory. Call set_residency('dense') first."
+
+
+_ADDRESSES: ContextVar[bool] = ContextVar("addresses", default=False)
+
+
+@contextmanager
+def addresses() -> Iterator[None]:
+    """Within it weights that are not in memory can be told apart by `data_ptr()`, as Accelerate tells parameters."""
+    token = _ADDRESSES.set(True)
+    try:
+        yield
+    finally:
+        _ADDRESSES.reset(token)
 
 
 class VirtualWeight(torch.Tensor):
@@ -204,7 +219,11 @@ class VirtualWeight(torch.Tensor):
             "needs none: use save_pretrained. For anything else call set_residency('dense') first."
         )
 
-    storage = untyped_storage = data_ptr = __dlpack__  # asked for by safetensors and Accelerate
+    storage = untyped_storage = __dlpack__  # asked for by safetensors and Accelerate
+
+    def data_ptr(self) -> int:
+        """Refused likewise, but within `addresses` a number that no other weight has."""
+        return id(self) if _ADDRESSES.get() else self.__dlpack__()  # type: ignore[no-any-return]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VirtualWeight({self.scaffold}, residency={self.residency!r}, dtype={self.dtype})"

@@ -100,8 +100,62 @@ class ScaffoldTensor:
             if start < high and start + len(run) > low:
                 run[max(0, low - start) : high - start] = 0
 
-    def is_in(self, tensor: torch.Tensor, full: bool = False, runs: int = RUNS) -> bool:
-        """Whether a tensor holds what is drawn in its dtype: looks at sampled runs, or with `full` at every element."""
+    def runs_of(self, offset: Sequence[int], shape: Sequence[int]) -> tuple[list[int], int]:
+        """A rectangular part as runs of the flattened tensor: where each starts, and how long all are.
+
+        Args:
+            offset: the part's first element, one index for each dimension.
+            shape: of the part.
+
+        Raises:
+            IndexError: the part leaves the tensor.
+        """
+        if len(offset) != len(self.shape) or any(
+            not 0 <= first <= first + size <= whole
+            for first, size, whole in zip(offset, shape, self.shape, strict=True)
+        ):
+            raise IndexError(f"part {tuple(shape)} at {tuple(offset)} of {self.name!r}, which is {self.shape}")
+        at = len(shape) - 1  # the last dimension of which not all is taken
+        while at > 0 and shape[at] == self.shape[at]:
+            at -= 1
+        strides = [math.prod(self.shape[dim + 1 :]) for dim in range(len(shape))]
+        starts = np.full((1,), offset[at] * strides[at] if len(shape) else 0, np.int64)
+        for dim in reversed(range(at)):
+            starts = ((np.arange(shape[dim]) + offset[dim])[:, None] * strides[dim] + starts).reshape(-1)
+        return starts.tolist(), math.prod(shape[max(at, 0) :])
+
+    def draw_part(
+        self,
+        offset: Sequence[int],
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """A rectangular part, such as a rank's shard: equal to that part of the whole, of which no more is drawn.
+
+        Families that are not `exact` need the whole.
+
+        Raises:
+            IndexError: the part leaves the tensor.
+        """
+        starts, length = self.runs_of(offset, shape)
+        if not self.exact:
+            index = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+            return self.draw(dtype, device)[index].contiguous()
+        out = torch.empty(tuple(shape), dtype=dtype, device=device)
+        if out.numel():
+            self.fill(starts, out.view(len(starts), length))
+        return out
+
+    def is_in(
+        self, tensor: torch.Tensor, full: bool = False, runs: int = RUNS, offset: Sequence[int] | None = None
+    ) -> bool:
+        """Whether a tensor holds what is drawn in its dtype: looks at sampled runs, or with `full` at every element.
+
+        With an `offset` it is the part that begins there.
+        """
+        if offset is not None:
+            return self._part_is_in(tensor, full, runs, offset)
         if tuple(tensor.shape) != self.shape:
             return False
         if not self.exact:
@@ -117,6 +171,25 @@ class ScaffoldTensor:
         if self.zero_row is not None:
             drawn[at // (self.numel // self.shape[0]) == self.zero_row] = 0
         return torch.equal(drawn, tensor.detach().reshape(-1)[at.to(tensor.device)].cpu())
+
+    def _part_is_in(self, tensor: torch.Tensor, full: bool, runs: int, offset: Sequence[int]) -> bool:
+        if not tensor.numel() or not self.exact or full:
+            drawn = self.draw_part(offset, tuple(tensor.shape), tensor.dtype)
+            if self.exact:
+                return torch.equal(drawn, tensor.cpu())
+            tolerance = max(torch.finfo(tensor.dtype).eps, 1e-9) * float(self.draw(tensor.dtype).abs().amax())
+            return torch.allclose(tensor.cpu(), drawn, rtol=0, atol=tolerance)
+        starts, length = self.runs_of(offset, tuple(tensor.shape))
+        here = np.array(run_starts(tensor.numel())[:runs])[:, None] + np.arange(min(_RUN, tensor.numel()))
+        there = np.array(starts)[here // length] + here % length
+        table = _table(get_family(self.family), self.scale, tensor.dtype)
+        key, bits = stream_key(self.seed, self.name), get_family(self.family).bits
+        drawn = torch.from_numpy(scattered_elements(table.values, bits, key, there.reshape(-1).tolist(), 1)[:, 0])
+        drawn = drawn.view(tensor.dtype)
+        if self.zero_row is not None:
+            drawn[torch.from_numpy(there.reshape(-1)) // (self.numel // self.shape[0]) == self.zero_row] = 0
+        found = tensor.detach().reshape(-1)[torch.from_numpy(here.reshape(-1)).to(tensor.device)].cpu()
+        return torch.equal(drawn, found)
 
     def digest(self) -> str:
         """BLAKE2b-128 over name, shape, table, scale and the float32 stream values of 66 runs.

@@ -15,6 +15,7 @@ from ..plan.plan import PREFIX, Plan, PlannedTensor
 from ..residency.foreign import foreign_tensors, in_memory, values_of
 from ..residency.forms import Residency, VirtualWeight, resident
 from ..residency.recipe import read_recipe
+from ..residency.shards import local_part, shards_follow
 from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
 from .progress import progress
 from .trained import TrainedTensors, check_shape
@@ -70,6 +71,8 @@ def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") ->
 
 def _materialise(model: nn.Module, plan: Plan, residency: Residency, done: Callable[[int], None]) -> None:
     draws = {}
+    if residency == "dense" and shards_follow():
+        residency = "streamed"  # until then: each rank draws its shard, and no more
     for tensor in plan.tensors:
         if tensor.role == "trained":
             continue
@@ -213,8 +216,10 @@ class BaseTensors:
             ValueError: they differ.
         """
         check_shape(self.model, path, spec.shape)
-        live = getattr(*owner_of(self.model, path)).detach()
-        if not (live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs)):
+        live, offset = local_part(getattr(*owner_of(self.model, path)).detach())
+        if not (
+            live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs, offset)
+        ):
             raise ValueError(
                 f"{path!r} is not what seed {spec.seed} draws for {spec.name!r} in {live.dtype}. It was changed, "
                 "merged into (see unmerge_adapter), averaged, or cast to a smaller dtype and back. "
@@ -236,9 +241,10 @@ class BaseTensors:
         if saved is None:
             if entry.shape != live.shape:
                 return entry  # torch says so
-            if spec.is_in(entry):
+            part, offset = local_part(entry)
+            if spec.is_in(part, offset=offset):
                 return live if virtual else entry
-            if not virtual and torch.equal(entry.to(live.device, live.dtype), live):
+            if not virtual and torch.equal(part.to(live.device, live.dtype), local_part(live)[0]):
                 return entry  # rounded alike
         other = "other weights" if saved is None else f"{saved.name!r} of seed {saved.seed}, family {saved.family!r},"
         raise ValueError(

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..paths import owner_of
 from ..plan.plan import Plan, PlannedTensor
-from ..residency.forms import VirtualWeight
+from ..residency.forms import VirtualWeight, resident
+from ..residency.shards import is_sharded, shards_follow
 from ..scaffold.interrupts import uninterrupted
 from ..scaffold.tensor import ScaffoldTensor, draw_into
 from .progress import progress
@@ -72,9 +73,13 @@ class TrainedTensors(nn.Module):
             in_memory = not live.is_meta and not isinstance(live, VirtualWeight)
             reuse = tensor.base is not None and not self.planned and in_memory
             device = "cpu" if live.is_meta else live.device
-            copy = live if reuse else torch.empty(live.shape, dtype=live.dtype, device=device)
-            if not start:
-                pass  # a file has the values
+            of_shards = start and isinstance(tensor.start, ScaffoldTensor) and tensor.start.exact and shards_follow()
+            if of_shards and isinstance(tensor.start, ScaffoldTensor):
+                copy = resident(tensor.start, "streamed", live.dtype, device)
+            else:
+                copy = live if reuse else torch.empty(live.shape, dtype=live.dtype, device=device)
+            if not start or of_shards:
+                pass  # a file has the values, or each shard will have its own
             elif isinstance(tensor.start, ScaffoldTensor):
                 draws[tensor.start] = copy
             elif tensor.start is not None:
@@ -138,6 +143,11 @@ class TrainedTensors(nn.Module):
         leaving = self.planned.get(self.installed or "", {})
         for path, tensor in {**leaving, **coming}.items():
             check_shape(model, path, tensor.survey.shape)
+            if is_sharded(getattr(*owner_of(model, path))):
+                raise ValueError(
+                    f"{path!r}, which adapter {self.installed or adapter!r} trains, is sharded: FSDP holds on to it, "
+                    "and another adapter's, or the base value, cannot take its place. Save, and load in one process."
+                )
         for path, tensor in leaving.items():
             if path not in coming:
                 self._check_base(path, tensor)
