@@ -28,7 +28,7 @@ def parts(draw: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     return shape, offset, sizes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(parts(), st.sampled_from(FAMILIES), st.booleans())
 def test_a_part_is_that_of_the_whole(part: Any, family: str, padded: bool) -> None:
     shape, offset, sizes = part
