@@ -97,6 +97,7 @@ def test_auto_peft_models_with_a_base_are_pefts(tmp_path: Path) -> None:
         AutoPeftModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.smoke
 def test_auto_peft_model_in_a_new_process(saved: tuple[PeftModel, Path]) -> None:
     code = f"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({str(saved[1])!r})"
     done = subprocess.run([sys.executable, "-c", f"import hf_lottalora; {code}"], capture_output=True, check=False)

@@ -210,6 +210,7 @@ def test_launch_then_evaluate_the_artifact_in_a_fresh_process(common: list[str],
     assert model.config.label2id == {"entailment": 0, "not_entailment": 1}
 
 
+@pytest.mark.smoke
 def test_what_ddp_does_with_a_scaffold() -> None:
     log = launch([BIN / "torchrun", "--standalone", "--nproc_per_node", 2, ROOT / "tests" / "tuner" / "ddp_worker.py"])
     assert "rank 0 of 2: OK" in log
