@@ -6,13 +6,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from peft import get_peft_model
 from tiny import config, llama
 
 from hf_lottalora.tuner import engines
 
-FSDP2 = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "ignored_modules": None}
+FSDP2 = {
+    "fsdp_version": 2,
+    "cpu_ram_efficient_loading": False,
+    "ignored_modules": None,
+    "mixed_precision_policy": None,
+}
+BF16 = SimpleNamespace(param_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +31,12 @@ FSDP2 = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "ignored_modules
         ("FSDP", {"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading: false in accelerate's"),
         ("FSDP", {}, {"device_map": True}, "A model with a device_map cannot be sharded"),
         ("FSDP", {"ignored_modules": ".*mlp"}, {"residency": "packed"}, "ignored_modules='.*mlp' with residency"),
+        (
+            "FSDP",
+            {"mixed_precision_policy": BF16},
+            {"residency": "packed"},
+            "computes in torch.bfloat16.*torch.float32",
+        ),
         ("FSDP", {}, {"version": "1.14"}, "FSDP2 over a scaffold needs accelerate >= 1.15"),
     ],
 )

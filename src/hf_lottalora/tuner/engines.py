@@ -84,6 +84,14 @@ def check_engine(accelerator: Any, model: PeftModel) -> None:
         raise ValueError(_EFFICIENT_LOADING)
     if getattr(model.base_model.model, "hf_device_map", None):
         raise ValueError("A model with a device_map cannot be sharded by FSDP2. Build or load it without device_map.")
+    wanted = getattr(plugin.mixed_precision_policy, "param_dtype", None)
+    held = {tensor.survey.dtype for tensor in model.base_model.first_plan.with_role("scaffold")}
+    if model.base_model.residency != "dense" and wanted is not None and held - {wanted}:
+        raise ValueError(
+            f"Mixed precision computes in {wanted}, and a scaffold that is not sharded stays as it is, here in "
+            f"{', '.join(map(str, held))}. Build the model in {wanted}, as with from_config(..., dtype=...), or hold "
+            "the scaffold with residency='dense'."
+        )
     if isinstance(plugin.ignored_modules, str) and model.base_model.residency != "dense":
         raise ValueError(
             f"ignored_modules={plugin.ignored_modules!r} with residency={model.base_model.residency!r}: pass a list of "
