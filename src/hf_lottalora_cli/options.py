@@ -11,6 +11,9 @@ import typer
 ARTIFACT = "Folder that save_pretrained has written, or a repository on the hub such as user/name."
 
 
+# What follows is checked before the package, and torch, are imported; they check it for their own callers.
+
+
 def _digest(given: str | None) -> str | None:
     if given is not None and re.fullmatch("[0-9a-f]{64}", given) is None:
         raise typer.BadParameter("A digest has 64 hexadecimal digits, in lower case; the card and inspect show it.")

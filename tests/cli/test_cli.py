@@ -314,7 +314,7 @@ def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert data("--import", "own_families", "verify", "own")["passed"]
 
 
-def test_no_code_of_the_folder_it_is_called_in_is_run(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_code_of_the_folder_it_is_called_in_is_run(artifact: Path) -> None:
     before = [*sys.path]
     run("inspect", artifact)
     assert sys.path == before

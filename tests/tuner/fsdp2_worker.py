@@ -66,9 +66,10 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**settings, **changes})
 
 
-def build(**options: Any) -> PeftModel:
+def build(dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
     set_seed(0)
-    return get_peft_model(llama(vocab_size=200, tie_word_embeddings=False), config(task_type="CAUSAL_LM", **options))
+    base = llama(vocab_size=200, tie_word_embeddings=False).to(dtype)
+    return get_peft_model(base, config(task_type="CAUSAL_LM", **options))
 
 
 def train(folder: Path, resume: str | None = None, options: dict[str, Any] | None = None, **changes: Any) -> Trainer:
@@ -117,6 +118,12 @@ def main() -> None:
             "whole": sorted(key for key, kind in kinds.items() if kind == VirtualWeight.__name__),
             "sharded": sorted(key for key, kind in kinds.items() if kind == "DTensor"),
         }  # fmt: skip
+    half = {"dtype": torch.bfloat16, **OPTIONS["packed"]}
+    trainer = train(folder / "half", options=half, bf16=True)
+    trainer.model.verify_scaffold(full=True)
+    trained = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
+    found["half"] = {"losses": losses(trainer), "trained in": sorted(trained)}
+    found["half refused"] = refused(folder, options=OPTIONS["packed"], bf16=True)
     found["efficient loading"] = refused(folder, fsdp_config={"cpu_ram_efficient_loading": True})
     found["another seed"] = refused(folder, options={"seed": 5 + dist.get_rank()})
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))

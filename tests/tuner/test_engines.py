@@ -65,6 +65,13 @@ def test_fsdp2_draws_each_shard_where_it_is(fsdp2: tuple[Path, list[dict[str, An
             assert set(left["sharded"]) == set(dense["sharded"]) - set(left["whole"])
 
 
+def test_mixed_precision_under_fsdp2(fsdp2: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank in fsdp2[1]:
+        assert rank["half"]["trained in"] == ["torch.float32"]
+        torch.testing.assert_close(rank["half"]["losses"], rank["packed"]["losses"], rtol=0.02, atol=0)
+        assert rank["half refused"].startswith("Mixed precision computes in torch.bfloat16")
+
+
 def test_what_fsdp2_cannot_have_is_refused_on_every_rank(fsdp2: tuple[Path, list[dict[str, Any]]]) -> None:
     for rank in fsdp2[1]:
         assert rank["efficient loading"].startswith("cpu_ram_efficient_loading=True broadcasts every weight")
