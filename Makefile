@@ -41,7 +41,7 @@ install: $(STAMP) ## make .venv with the tested versions; the other targets do i
 
 $(STAMP): constraints.txt
 $(STAMP): CONSTRAINTS = constraints.txt
-$(STAMP): EXTRAS = dev,docs,trl
+$(STAMP): EXTRAS = dev,docs,trl,deepspeed
 $(OLDEST_VENV)/.installed: constraints-oldest.txt
 $(OLDEST_VENV)/.installed: CONSTRAINTS = constraints-oldest.txt
 $(OLDEST_VENV)/.installed: EXTRAS = dev

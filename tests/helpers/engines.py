@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from transformers import training_args
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 def allow_fsdp() -> None:
@@ -25,3 +28,29 @@ def allow_fsdp() -> None:
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = __init__
+
+
+def allow_deepspeed() -> None:
+    """From now on DeepSpeed runs on CPU processes, over gloo; without this each of them would train alone."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for minutes
+    training_args.is_torch_bf16_gpu_available = lambda: True  # use_cpu, which it asks for, would leave DeepSpeed out
+    theirs = PartialState._prepare_backend
+
+    @functools.wraps(theirs)
+    def _prepare_backend(self: Any, cpu: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and "LOCAL_RANK" in os.environ:
+            return "gloo", DistributedType.MULTI_CPU
+        return theirs(self, cpu, *args, **kwargs)
+
+    PartialState._prepare_backend = _prepare_backend
+
+
+def forget() -> None:
+    """The next Trainer of this process chooses its engine anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]

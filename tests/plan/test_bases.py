@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -80,10 +81,17 @@ def test_distributed_wrappers_are_refused_by_name(one_process: Any) -> None:
     refused(inside(lambda layer: fully_shard(layer, mesh=mesh)), "'model.layers.1' is sharded by fully_shard")
 
 
-def test_partitioned_parameters_are_refused_by_name() -> None:
+def test_a_plan_alone_of_partitioned_parameters_is_refused_by_name() -> None:
     model = llama()
     model.model.norm.weight.ds_tensor = torch.empty(0)  # as deepspeed.zero.Init leaves it
-    refused(model, "'model.norm' is partitioned by DeepSpeed's ZeRO-3")
+    with pytest.raises(ValueError, match=r"'model.norm' is partitioned by DeepSpeed's ZeRO-3.*get_peft_model"):
+        make_plan(model, config())
+
+
+def test_tensor_parallel_bases_are_refused_by_name(one_process: Any) -> None:
+    model, mesh = llama(), init_device_mesh("cpu", (1,))
+    parallelize_module(model.model.layers[1].self_attn.q_proj, mesh, ColwiseParallel())
+    refused(model, "'model.layers.1.self_attn.q_proj' is sharded over processes, as by tensor parallelism")
 
 
 def compiled_in_place() -> nn.Module:

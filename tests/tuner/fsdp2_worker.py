@@ -1,7 +1,11 @@
-"""Run by test_engines.py under torchrun: training under FSDP2. Writes what each rank has found to a JSON file."""
+"""Run by test_engines.py under torchrun: training under FSDP2. Writes what each rank has found to a JSON file.
+
+Arguments: a folder; and a checkpoint, to go on from that and do no more.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -18,7 +22,7 @@ from peft import PeftModel, get_peft_model
 from tiny import config, llama
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_lottalora.scaffold.tensor as drawing
 from hf_lottalora.paths import owner_of
@@ -66,10 +70,13 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**settings, **changes})
 
 
-def build(dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
+def base_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     set_seed(0)
-    base = llama(vocab_size=200, tie_word_embeddings=False).to(dtype)
-    return get_peft_model(base, config(task_type="CAUSAL_LM", **options))
+    return llama(vocab_size=200, tie_word_embeddings=False).to(dtype)
+
+
+def build(dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
+    return get_peft_model(base_model(dtype), config(task_type="CAUSAL_LM", **options))
 
 
 def train(folder: Path, resume: str | None = None, options: dict[str, Any] | None = None, **changes: Any) -> Trainer:
@@ -81,8 +88,28 @@ def train(folder: Path, resume: str | None = None, options: dict[str, Any] | Non
     return trainer
 
 
+def go_on(folder: Path, artifact: Path) -> list[float]:
+    """Losses of training that goes on from an artifact, on however many ranks."""
+    args = arguments(folder, max_steps=2)
+    model = PeftModel.from_pretrained(base_model(), artifact, is_trainable=True)
+    trainer = Trainer(model, args, train_dataset=ROWS)
+    trainer.train()
+    trainer.model.verify_scaffold(full=True)
+    return losses(trainer)
+
+
 def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def highest_loss(folder: Path) -> dict[str, Any]:
+    """Of a run that ends with the model of its first step, which it takes for the best."""
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = arguments(folder, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, **every)
+    trainer = Trainer(build(), args, train_dataset=ROWS, eval_dataset=ROWS[:8])
+    trainer.train()
+    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {"losses": found, "at the end": trainer.evaluate()["eval_loss"]}
 
 
 def refused(folder: Path, **changes: Any) -> str:
@@ -96,6 +123,11 @@ def refused(folder: Path, **changes: Any) -> str:
 def main() -> None:
     folder, found = Path(sys.argv[1]), {}
     engines.allow_fsdp()
+    if len(sys.argv) > 2:  # on another number of ranks
+        trainer = train(folder, sys.argv[2], options=OPTIONS["packed"])
+        assert isinstance(trainer.model, FSDPModule), "another engine is active"
+        (folder / "resumed.json").write_text(json.dumps(losses(trainer)))
+        return
     for name, options in OPTIONS.items():
         trainer = train(folder / name, options=options, save_strategy="steps", save_steps=2)
         model: Any = trainer.model
@@ -118,6 +150,14 @@ def main() -> None:
             "whole": sorted(key for key, kind in kinds.items() if kind == VirtualWeight.__name__),
             "sharded": sorted(key for key, kind in kinds.items() if kind == "DTensor"),
         }  # fmt: skip
+    found["went on"] = go_on(folder / "went on", folder / "dense" / "checkpoint-2")
+    sharded = {"options": OPTIONS["packed"], "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    trainer = train(folder / "sharded", save_strategy="steps", save_steps=2, **copy.deepcopy(sharded))
+    again = train(folder / "sharded", str(folder / "sharded" / "checkpoint-2"), **copy.deepcopy(sharded))
+    found["sharded"] = {"losses": losses(trainer), "resumed": losses(again)}
+    found["best"] = highest_loss(folder / "best")
+    trainer = train(folder / "kept", options={"redraw": "targets"})
+    trainer.save_model(str(folder / "kept" / "saved"))  # whose base one rank alone could not read any more
     half = {"dtype": torch.bfloat16, **OPTIONS["packed"]}
     trainer = train(folder / "half", options=half, bf16=True)
     trainer.model.verify_scaffold(full=True)

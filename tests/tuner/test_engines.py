@@ -11,11 +11,11 @@ from typing import Any
 import fsdp2_worker
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import compare_versions
 from safetensors.torch import load_file
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM
+from hf_lottalora.artifact.manifest import MANIFEST_KEY
 
 pytestmark = [
     pytest.mark.smoke,  # a launch takes a minute
@@ -26,14 +26,18 @@ WORKERS = Path(__file__).parent
 RANKS = 2
 
 
+def launch(ranks: int, *arguments: Path) -> None:
+    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*torchrun, WORKERS / "fsdp2_worker.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of a run on two ranks, and what each has found."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", str(RANKS)]
-    command = [*torchrun, WORKERS / "fsdp2_worker.py", folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stderr[-6000:]
+    launch(RANKS, folder)
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -65,6 +69,29 @@ def test_fsdp2_draws_each_shard_where_it_is(fsdp2: tuple[Path, list[dict[str, An
             assert set(left["sharded"]) == set(dense["sharded"]) - set(left["whole"])
 
 
+def test_what_trainer_does_with_checkpoints_under_fsdp2(
+    fsdp2: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, found = fsdp2
+    alone = fsdp2_worker.go_on(tmp_path, folder / "dense" / "checkpoint-2")
+    for rank in found:
+        torch.testing.assert_close(rank["went on"], alone, rtol=1e-4, atol=0)
+        assert rank["sharded"]["resumed"] == rank["sharded"]["losses"] == rank["packed"]["losses"]
+        first, *later = rank["best"]["losses"]
+        assert rank["best"]["at the end"] == first > max(later)
+    content = load_file(folder / "kept" / "saved" / "adapter_model.safetensors")[MANIFEST_KEY]
+    assert json.loads(bytes(content.numpy()))["kept_bytes"]
+
+
+def test_a_checkpoint_is_resumed_on_another_number_of_ranks(
+    fsdp2: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, found = fsdp2
+    launch(1, tmp_path, folder / "packed" / "checkpoint-2")
+    resumed = json.loads((tmp_path / "resumed.json").read_text())
+    torch.testing.assert_close(resumed, found[0]["packed"]["losses"], rtol=1e-4, atol=0)
+
+
 def test_mixed_precision_under_fsdp2(fsdp2: tuple[Path, list[dict[str, Any]]]) -> None:
     for rank in fsdp2[1]:
         assert rank["half"]["trained in"] == ["torch.float32"]
@@ -76,12 +103,3 @@ def test_what_fsdp2_cannot_have_is_refused_on_every_rank(fsdp2: tuple[Path, list
     for rank in fsdp2[1]:
         assert rank["efficient loading"].startswith("cpu_ram_efficient_loading=True broadcasts every weight")
         assert "Ranks [1] have another scaffold than rank 0, the first tensor is" in rank["another seed"]
-
-
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_the_configuration_files_are_accelerates(name: str) -> None:
-    file = Path(__file__).parents[2] / "examples" / "configs" / f"{name}.yaml"
-    config: Any = load_config_from_file(str(file))
-    options = config.fsdp_config
-    assert (config.distributed_type, bool(options)) == {"ddp": ("MULTI_GPU", False), "fsdp2": ("FSDP", True)}[name]
-    assert not options or (options["fsdp_version"], options["fsdp_cpu_ram_efficient_loading"]) == (2, False)

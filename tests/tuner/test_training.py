@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tiny import bert, config, llama
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lottalora import AutoLottaLoraModelForCausalLM, RanksAgreeCallback
 
@@ -75,6 +78,39 @@ def test_resume_is_bit_exact(tmp_path: Path) -> None:
     expected, found = state_of(whole.model), state_of(resumed.model)
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     whole.model.verify_scaffold(full=True)
+
+
+class DiskFullAfter(TrainerCallback):
+    """From a step on no file can grow beyond so many bytes, as on a disk that is full."""
+
+    def __init__(self, step: int, size: int) -> None:
+        self.step, self.size = step, size
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("size", [0, 20_000])
+def test_a_full_disk_loses_no_earlier_checkpoint(size: int, tmp_path: Path) -> None:
+    def build() -> PeftModel:
+        torch.manual_seed(0)
+        return get_peft_model(bert(), config(task_type="SEQ_CLS"))
+
+    whole = trainer(build(), tmp_path / "whole")
+    whole.train()
+    interrupted = trainer(build(), tmp_path / "full", save_total_limit=1)
+    interrupted.add_callback(DiskFullAfter(8, size))
+    ignored, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises((OSError, RuntimeError, SafetensorError)):  # each library has its own
+            interrupted.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    resumed = trainer(build(), tmp_path / "full")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "full" / "checkpoint-5"))
+    assert losses(resumed)[-7:] == losses(whole)[-7:]
 
 
 def test_resuming_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:

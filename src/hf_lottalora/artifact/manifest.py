@@ -69,11 +69,21 @@ def with_manifest(
     options = config.as_saved().decisive_options()
     if not _for_a_file.get():
         return {MANIFEST_KEY: plan.manifest(options, config._saved_dtype, None), **tensors}
-    if plan.kept_digests and not plan.kept_bytes:
-        plan.kept_bytes.update(summed_up(digests_one_by_one(kept())))
+    record_kept(plan, kept)
     found, stored = encoded(plan, tensors, config.save_dtype, config._stored)
     digests = summed_up(tensor_digests(found, found.__getitem__))
     return {MANIFEST_KEY: plan.manifest(options, config._saved_dtype, digests, stored), **found}
+
+
+def record_kept(plan: Plan, kept: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> None:
+    """Have the digest of every byte that is kept in the plan: from now on these tensors need not be whole to be saved.
+
+    Args:
+        plan: of the adapter.
+        kept: as in `with_manifest`.
+    """
+    if plan.kept_digests and not plan.kept_bytes:
+        plan.kept_bytes.update(summed_up(digests_one_by_one(kept())))
 
 
 def read_manifest(tensor: torch.Tensor | None, where: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from ..paths import clean_modules
+from ..residency.partitions import is_partitioned
+from ..residency.shards import is_sharded
 
 # Names of the child that torch.compile, FSDP, activation checkpointing and Lightning Fabric put what they wrap under.
 _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -34,8 +36,14 @@ def check_unwrapped(model: nn.Module) -> None:
                 f"{where} is sharded by fully_shard, so that there are no whole tensors to draw into. Pass the model "
                 "before it is sharded."
             )
-        if any(hasattr(parameter, "ds_tensor") for parameter in module._parameters.values()):
+        if any(is_sharded(parameter) for parameter in module._parameters.values() if parameter is not None):
             raise ValueError(
-                f"{where} is partitioned by DeepSpeed's ZeRO-3, which is not supported over a scaffold. Use DDP or "
-                "FSDP2."
+                f"{where} is sharded over processes, as by tensor parallelism, which is not supported over a scaffold: "
+                "what it does to inputs and outputs it does around a layer's own forward, which an adapter computes "
+                "anew. Load the model without tp_plan and tp_size, and train with DDP, FSDP2 or DeepSpeed."
+            )
+        if any(is_partitioned(parameter) for parameter in module._parameters.values()):
+            raise ValueError(
+                f"{where} is partitioned by DeepSpeed's ZeRO-3, so that it has no shapes to plan for. get_peft_model "
+                "knows how to plan it; for a plan alone build the model before TrainingArguments or Accelerator."
             )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
+from .partitions import is_partitioned, own_run
 from .virtual_weight import HANDLERS, VirtualWeight
 
 aten = torch.ops.aten
@@ -16,20 +17,22 @@ aten = torch.ops.aten
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether ranks have parts of it."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # takes a second to import, and is there once anything is sharded
-
-    return isinstance(tensor, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # takes a second to import, and is there once anything is
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: Any) -> tuple[torch.Tensor, tuple[int, ...] | None]:
-    """What this rank has of a tensor, and the index in the whole of its first element; None where it has the whole."""
+    """What this rank has of a tensor, and where that begins: None where it has the whole.
+
+    Of an array's part that is an index for each dimension; of a run of the flattened array one.
+    """
+    if is_partitioned(tensor):
+        return own_run(tensor)
     if not is_sharded(tensor):
-        return tensor, None
+        return tensor.detach(), None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    local = tensor.to_local()
+    local = tensor.detach().to_local()
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return local, tuple(offset)
 
@@ -61,20 +64,50 @@ class DrawnPart(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def dense(self) -> torch.Tensor:
-        """The values as an ordinary tensor."""
+    def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The values as an ordinary tensor, in `out` if it is given; see `fits`."""
         drawn, *casts = self.weight.casts
-        values = self.weight.scaffold.draw_part(self.offset, self.shape, drawn, self.device)
+        values = self.weight.scaffold.draw_part(self.offset, self.shape, drawn, self.device, out)
         for dtype in casts:
             values = values.to(dtype)
         return values
+
+    def fits(self, out: torch.Tensor) -> bool:
+        """Whether it can be drawn there.
+
+        Values that are drawn elsewhere and copied leave holes between the shards, in which no later ones have room: the
+        C library's heap then grows to twice their size.
+        """
+        same = out.shape == self.shape and out.device == self.device and (out.dtype,) == self.weight.casts
+        return same and type(out) is torch.Tensor and out.is_contiguous()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is aten.copy_.default and isinstance(args[1], DrawnPart) and args[1].fits(args[0]):
+            return args[1].dense(out=args[0])
         args, kwargs = tree_map_only(DrawnPart, DrawnPart.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class RunsOf:
+    """A weight that is not in memory, as DeepSpeed reads a tensor that it cuts: the run that it takes is drawn.
+
+    Attributes:
+        weight: the whole.
+    """
+
+    def __init__(self, weight: VirtualWeight) -> None:
+        self.weight = weight
+
+    def view(self, *_: int) -> RunsOf:
+        """It is flat already."""
+        return self
+
+    def narrow(self, _: int, start: int, length: int) -> DrawnPart:
+        """Elements `[start, start + length)`, shape `(length,)`."""
+        return DrawnPart(self.weight, (start,), (length,))
 
 
 def _split(weight: VirtualWeight, size: int, dim: int = 0) -> Any:

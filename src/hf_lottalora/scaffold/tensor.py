@@ -104,21 +104,21 @@ class ScaffoldTensor:
         """A rectangular part as runs of the flattened tensor: where each starts, and how long all are.
 
         Args:
-            offset: the part's first element, one index for each dimension.
-            shape: of the part.
+            offset: the part's first element, one index for each dimension; or one alone, of the flattened tensor.
+            shape: of the part, with as many dimensions.
 
         Raises:
             IndexError: the part leaves the tensor.
         """
-        if len(offset) != len(self.shape) or any(
-            not 0 <= first <= first + size <= whole
-            for first, size, whole in zip(offset, shape, self.shape, strict=True)
+        of = (self.numel,) if len(offset) == 1 else self.shape
+        if len(offset) != len(of) or any(
+            not 0 <= first <= first + size <= whole for first, size, whole in zip(offset, shape, of, strict=True)
         ):
             raise IndexError(f"part {tuple(shape)} at {tuple(offset)} of {self.name!r}, which is {self.shape}")
         at = len(shape) - 1  # the last dimension of which not all is taken
-        while at > 0 and shape[at] == self.shape[at]:
+        while at > 0 and shape[at] == of[at]:
             at -= 1
-        strides = [math.prod(self.shape[dim + 1 :]) for dim in range(len(shape))]
+        strides = [math.prod(of[dim + 1 :]) for dim in range(len(shape))]
         starts = np.full((1,), offset[at] * strides[at] if len(shape) else 0, np.int64)
         for dim in reversed(range(at)):
             starts = ((np.arange(shape[dim]) + offset[dim])[:, None] * strides[dim] + starts).reshape(-1)
@@ -130,10 +130,12 @@ class ScaffoldTensor:
         shape: Sequence[int],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A rectangular part, such as a rank's shard: equal to that part of the whole, of which no more is drawn.
+        """A part, such as a rank's shard, see `runs_of`: equal to that of the whole, of which no more is drawn.
 
-        Families that are not `exact` need the whole.
+        In new memory, or in that of `out`, contiguous and of this shape, dtype and device. Families that are not
+        `exact` need the whole.
 
         Raises:
             IndexError: the part leaves the tensor.
@@ -141,8 +143,10 @@ class ScaffoldTensor:
         starts, length = self.runs_of(offset, shape)
         if not self.exact:
             index = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
-            return self.draw(dtype, device)[index].contiguous()
-        out = torch.empty(tuple(shape), dtype=dtype, device=device)
+            whole = self.draw(dtype, device)
+            values = (whole.flatten() if len(offset) == 1 else whole)[index]
+            return values.contiguous() if out is None else out.copy_(values)
+        out = torch.empty(tuple(shape), dtype=dtype, device=device) if out is None else out
         if out.numel():
             self.fill(starts, out.view(len(starts), length))
         return out

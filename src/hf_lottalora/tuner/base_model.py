@@ -14,6 +14,7 @@ from ..paths import clean_modules, owner_of
 from ..plan.plan import PREFIX, Plan, PlannedTensor
 from ..residency.foreign import foreign_tensors, in_memory, values_of
 from ..residency.forms import Residency, VirtualWeight, resident
+from ..residency.partitions import gathered, partitions_follow
 from ..residency.recipe import read_recipe
 from ..residency.shards import local_part, shards_follow
 from ..scaffold.tensor import RUNS, ScaffoldTensor, draw_into, sampled_digest
@@ -71,7 +72,7 @@ def materialise(model: nn.Module, plan: Plan, residency: Residency = "dense") ->
 
 def _materialise(model: nn.Module, plan: Plan, residency: Residency, done: Callable[[int], None]) -> None:
     draws = {}
-    if residency == "dense" and shards_follow():
+    if residency == "dense" and (shards_follow() or partitions_follow()):
         residency = "streamed"  # until then: each rank draws its shard, and no more
     for tensor in plan.tensors:
         if tensor.role == "trained":
@@ -79,11 +80,11 @@ def _materialise(model: nn.Module, plan: Plan, residency: Residency, done: Calla
         live = getattr(*owner_of(model, tensor.path))
         if residency != "dense" and isinstance(tensor.base, ScaffoldTensor) and can_be_virtual(model, tensor):
             device = "cpu" if live.is_meta else live.device
-            _replace(model, tensor, resident(tensor.base, residency, live.dtype, device))
+            replace_parameter(model, tensor, resident(tensor.base, residency, live.dtype, device))
             done(tensor.base.numel)
             continue
         if live.is_meta and tensor.survey.held is None:
-            live = _replace(model, tensor, torch.empty(live.shape, dtype=live.dtype))
+            live = replace_parameter(model, tensor, torch.empty(live.shape, dtype=live.dtype))
         if isinstance(tensor.base, ScaffoldTensor):
             draws[tensor.base] = live
         elif tensor.base is not None:
@@ -100,7 +101,7 @@ def can_be_virtual(model: nn.Module, tensor: PlannedTensor) -> bool:
     return tensor.role == "scaffold" and exact and attribute in owner._parameters and not elsewhere
 
 
-def _replace(model: nn.Module, tensor: PlannedTensor, value: torch.Tensor) -> nn.Parameter:
+def replace_parameter(model: nn.Module, tensor: PlannedTensor, value: torch.Tensor) -> nn.Parameter:
     """Another parameter in the place of a frozen one, also where it is tied."""
     live = nn.Parameter(value, requires_grad=False)
     for path in {tensor.path, *tensor.survey.aliases}:
@@ -139,12 +140,12 @@ class BaseTensors:
         live = getattr(*owner_of(self.model, tensor.path))
         if residency == "dense":
             if isinstance(live, VirtualWeight):
-                _replace(self.model, tensor, live.dense())
+                replace_parameter(self.model, tensor, live.dense())
         elif isinstance(live, VirtualWeight):
             live.hold(residency)
         elif can_be_virtual(self.model, tensor):
             assert isinstance(tensor.base, ScaffoldTensor)
-            _replace(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
+            replace_parameter(self.model, tensor, resident(tensor.base, residency, live.dtype, live.device))
 
     def check_shapes(self, plan: Plan) -> None:
         """Whether all tensors have the shapes that were planned for.
@@ -186,7 +187,8 @@ class BaseTensors:
         """Name and value of each kept tensor that the artifact does not contain, in memory one at a time."""
         for tensor in plan.with_role("kept"):
             if not tensor.saved:
-                with in_memory(owner_of(self.model, tensor.path)[0]):
+                owner, attribute = owner_of(self.model, tensor.path)
+                with in_memory(owner), gathered([getattr(owner, attribute)]):
                     yield tensor.name, values_of(self.value(tensor.path))
 
     def check_kept(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -216,7 +218,7 @@ class BaseTensors:
             ValueError: they differ.
         """
         check_shape(self.model, path, spec.shape)
-        live, offset = local_part(getattr(*owner_of(self.model, path)).detach())
+        live, offset = local_part(getattr(*owner_of(self.model, path)))
         if not (
             live.holds(spec, full, runs) if isinstance(live, VirtualWeight) else spec.is_in(live, full, runs, offset)
         ):

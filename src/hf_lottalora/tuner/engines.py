@@ -1,24 +1,30 @@
 """Accelerate's engines: what each needs to train a model over a scaffold, and which do not.
 
-A weight is a function of seed, name and index, so no rank receives one: under FSDP2 each draws its own shard, and a
-scaffold that is packed or streamed is not sharded at all.
+A weight is a function of seed, name and index, so no rank receives one: under FSDP2 and ZeRO-3 each draws its own
+shard, and a scaffold that is packed or streamed is not sharded at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, compare_versions
 from peft import PeftModel
 from torch import nn
 
+from ..artifact.manifest import record_kept
 from ..artifact.peft_methods import wrap
 from ..paths import owner_of
+from ..residency.partitions import gathered, is_partitioned
 from ..residency.shards import is_sharded
 from ..residency.virtual_weight import VirtualWeight, addresses
+from . import zero
 from .distributed import check_ranks_agree
 from .model import LottaLoraModel
 
@@ -51,12 +57,19 @@ def prepare(theirs: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: 
         RuntimeError: ranks have different scaffolds; the message names them.
     """
     model = _ours_in(args, accelerator)
-    if model is None or accelerator.num_processes == 1:
+    shards = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if model is None or (accelerator.num_processes == 1 and not shards):
         return theirs(accelerator, *args, **kwargs)
     check_engine(accelerator, model)
     check_ranks_agree(model)
-    if accelerator.distributed_type != DistributedType.FSDP:
+    if not shards:
         return theirs(accelerator, *args, **kwargs)
+    for plan in model.base_model.plans.values():
+        record_kept(plan, partial(model.base_model.base.kept, plan))  # later one rank alone saves
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        result = zero.prepared(partial(theirs, accelerator, *args, **kwargs), accelerator, model.base_model)
+        zero.adapt(accelerator.deepspeed_engine_wrapped.engine, partial(_whole_state, model))
+        return result
     with _left_out(model.base_model, accelerator.state.fsdp_plugin), addresses():
         return theirs(accelerator, *args, **kwargs)
 
@@ -68,8 +81,17 @@ def check_engine(accelerator: Any, model: PeftModel) -> None:
         ValueError: it cannot; the message says which can.
     """
     kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
-        raise ValueError(f"{kind.value} is not supported over a scaffold. Use DDP or FSDP2.")
+    if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise ValueError(f"{kind.value} is not supported over a scaffold. Use DDP, FSDP2 or DeepSpeed.")
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp", "cp", "sp"):
+        if (getattr(parallelism, f"{name}_size", 1) or 1) > 1:
+            raise ValueError(
+                f"ParallelismConfig({name}_size=...) is not supported over a scaffold: only data may be split over "
+                "processes (dp_replicate_size, dp_shard_size). Leave it out."
+            )
+    if kind == DistributedType.DEEPSPEED:
+        zero.check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
     if kind != DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin
@@ -119,13 +141,23 @@ def _left_out(tuner: LottaLoraModel, plugin: Any) -> Iterator[None]:
 def get_state_dict(theirs: Callable[..., Any], accelerator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """What an artifact needs of a sharded model, whole; the scaffold is not gathered. Every rank must call it."""
     ours = _ours_in([model], accelerator)
-    if ours is None or accelerator.distributed_type != DistributedType.FSDP:
+    if ours is None or accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return theirs(accelerator, model, *args, **kwargs)
-    drawn = {id(getattr(*owner_of(ours.base_model.model, path))) for path in ours.base_model.first_plan.scaffold}
-    named = ours.named_parameters(remove_duplicate=False)
-    left_out = {name for name, parameter in named if id(parameter) in drawn}
-    state: dict[str, Any] = ours.state_dict()
-    for key, value in state.items():
-        if key not in left_out and is_sharded(value):
-            state[key] = value.full_tensor().cpu()
+    return _whole_state(ours)
+
+
+def _whole_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    tuner = model.base_model
+    saved = {path for plan in tuner.plans.values() for path in plan.saved}
+    unsaved = {id(getattr(*owner_of(tuner.model, t.path))) for t in tuner.first_plan.tensors if t.path not in saved}
+    state: dict[str, torch.Tensor] = model.state_dict()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in unsaved:
+            continue
+        if is_sharded(parameter):
+            state[name] = parameter.detach().full_tensor().cpu()  # type: ignore[operator]
+        elif is_partitioned(parameter):
+            with gathered([parameter]):
+                if dist.get_rank() == 0:
+                    state[name] = parameter.detach().to("cpu", copy=True)
     return state

@@ -38,6 +38,7 @@ from .saving import Saving
 from .second_adapter import check_second_adapter
 from .switching import Switching
 from .trained import TrainedTensors
+from .zero_init import StandIns, stand_ins
 
 
 class _Handled(list[str]):
@@ -122,22 +123,11 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
                 "The base model already carries adapters, whose scaffold would be drawn over. Call unload() on the "
                 "PeftModel first, or use add_adapter on it."
             )
-        survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
-        plan = plan_from_survey(survey, config)
-        if not first:
-            self.base.check_shapes(self.first_plan)
-            check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
-            if plan.scaffold == self.first_plan.scaffold:
-                plan = replace(plan, digests=self.first_plan.scaffold_digests())
-        _check_rows(adapter_name, plan, model)
-        check_loadable(model, plan)
-        _check_task(model, config)
-        plan.kept_digests.update(self.base.kept_digests(plan))
-        if config.scaffold_digests is not None:
-            check_scaffold(plan, plan.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
-        check_architecture(config._artifact_manifest or {}, config._artifact_architecture, model)
-        if config._artifact_shapes is not None and config._artifact_manifest is not None:
-            check_content(plan, config._artifact_manifest, config._artifact_shapes, "The artifact")
+        if first:
+            with stand_ins(model) as partitioned:
+                survey, plan = self._planned(model, adapter_name, config, partitioned)
+        else:
+            survey, plan = self._planned(model, adapter_name, config)
 
         start = not (config._values_follow or low_cpu_mem_usage or _weights_follow())  # else a file has the values
         same = (
@@ -190,6 +180,31 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
             for mine, its in zip(self._parameters_of(adapter_name), self._parameters_of(copied), strict=True):
                 mine.data = its.data.clone()  # also its dtype
         self._set_trained_grad([adapter_name], adapter_name in self.active_adapters and not config.inference_mode)
+
+    def _planned(
+        self, model: nn.Module, adapter_name: str, config: LottaLoraConfig, partitioned: StandIns | None = None
+    ) -> tuple[Survey, Plan]:
+        """What is going to be done, checked. Changes nothing."""
+        survey = survey_model(model) if self.survey is None else with_model_dtypes(self.survey, model)
+        plan = plan_from_survey(survey, config)
+        if self.survey is not None:
+            self.base.check_shapes(self.first_plan)
+            self.trained.check_addable(model, plan)
+            check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
+            if plan.scaffold == self.first_plan.scaffold:
+                plan = replace(plan, digests=self.first_plan.scaffold_digests())
+        _check_rows(adapter_name, plan, model)
+        if partitioned is not None:
+            partitioned.settle(model, plan, config.use_dora)
+        check_loadable(model, plan)
+        _check_task(model, config)
+        plan.kept_digests.update(self.base.kept_digests(plan))
+        if config.scaffold_digests is not None:
+            check_scaffold(plan, plan.seed, config.scaffold_digests, config.kept_digests or {}, "The artifact")
+        check_architecture(config._artifact_manifest or {}, config._artifact_architecture, model)
+        if config._artifact_shapes is not None and config._artifact_manifest is not None:
+            check_content(plan, config._artifact_manifest, config._artifact_shapes, "The artifact")
+        return survey, plan
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Refused, unless the vocabulary has that size: its tensors are planned, and drawn, adapted or trained.

@@ -136,7 +136,7 @@ class Saving:
             for path in plan.saved:
                 value = state_dict.pop(saved_key(path))
                 if path in trained:
-                    trained[path].copy_(value)
+                    tuner.trained.fill(tuner.model, adapter_name, path, value)
                 elif tuner.base.is_bare(path):
                     getattr(*owner_of(tuner.model, path)).copy_(value)
                 # else another adapter's copy stands there; the base value is shared, and was found to be the same

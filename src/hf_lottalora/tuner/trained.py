@@ -16,6 +16,7 @@ from torch import nn
 from ..paths import owner_of
 from ..plan.plan import Plan, PlannedTensor
 from ..residency.forms import VirtualWeight, resident
+from ..residency.partitions import is_partitioned, whole_shape
 from ..residency.shards import is_sharded, shards_follow
 from ..scaffold.interrupts import uninterrupted
 from ..scaffold.tensor import ScaffoldTensor, draw_into
@@ -29,9 +30,9 @@ def check_shape(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
         ValueError: it has another one.
     """
     live = getattr(*owner_of(model, path))
-    if tuple(live.shape) != shape:
+    if whole_shape(live) != shape:
         raise ValueError(
-            f"The model has {path!r} with shape {tuple(live.shape)}, expected {shape}. Change a model (its vocabulary, "
+            f"The model has {path!r} with shape {whole_shape(live)}, expected {shape}. Change a model (its vocabulary, "
             "say) before get_peft_model."
         )
 
@@ -93,6 +94,34 @@ class TrainedTensors(nn.Module):
         self.adapters[adapter] = shelf
         self.planned[adapter] = planned
 
+    def fill(self, model: nn.Module, adapter: str, path: str, value: torch.Tensor) -> None:
+        """Give one of the adapter's copies a value from a file, also where it was going to be drawn shard by shard."""
+        mine = self.parameters_of(model, adapter)[path]
+        if not isinstance(mine, VirtualWeight):
+            mine.copy_(value)
+            return
+        made = nn.Parameter(value.to(mine.device, mine.dtype, copy=True), requires_grad=mine.requires_grad)
+        if adapter != self.installed:
+            self.adapters[adapter].put(path, made)
+            return
+        for alias in self.planned[adapter][path].survey.aliases:
+            owner, attribute = owner_of(model, alias)
+            owner._parameters[attribute] = made
+
+    def check_addable(self, model: nn.Module, plan: Plan) -> None:
+        """Whether the live tensors can be copied for an adapter.
+
+        Raises:
+            ValueError: an engine has cut one into parts.
+        """
+        for tensor in plan.with_role("trained"):
+            live = getattr(*owner_of(model, tensor.path))
+            if is_sharded(live) or is_partitioned(live):
+                raise ValueError(
+                    f"{tensor.path!r}, which the adapter would train, is sharded: each rank has a part of it. Add "
+                    "adapters before training, or save, and load in one process."
+                )
+
     def replan(self, adapter: str, plan: Plan) -> None:
         """The base values beneath are drawn from another seed now; the adapter's copies stay as they are."""
         self.planned[adapter] = {tensor.path: tensor for tensor in plan.with_role("trained")}
@@ -143,10 +172,12 @@ class TrainedTensors(nn.Module):
         leaving = self.planned.get(self.installed or "", {})
         for path, tensor in {**leaving, **coming}.items():
             check_shape(model, path, tensor.survey.shape)
-            if is_sharded(getattr(*owner_of(model, path))):
+            live = getattr(*owner_of(model, path))
+            if is_sharded(live) or is_partitioned(live):
                 raise ValueError(
-                    f"{path!r}, which adapter {self.installed or adapter!r} trains, is sharded: FSDP holds on to it, "
-                    "and another adapter's, or the base value, cannot take its place. Save, and load in one process."
+                    f"{path!r}, which adapter {self.installed or adapter!r} trains, is sharded: its engine holds on to "
+                    "it, and another adapter's, or the base value, cannot take its place. Save, and load in one "
+                    "process."
                 )
         for path, tensor in leaving.items():
             if path not in coming:
