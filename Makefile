@@ -127,6 +127,7 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/perf/many.py
 	$(PY) benchmarks/perf/scales.py
 	$(PY) benchmarks/perf/sharing.py
+	$(PY) benchmarks/scale/clm_900m.py
 	$(PY) benchmarks/architectures.py --workers 2
 	$(PY) benchmarks/tables.py
 

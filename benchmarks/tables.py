@@ -33,7 +33,7 @@ from common import read_json
 from hf_lottalora import RankSearch
 
 ROOT = Path(__file__).parents[1]
-_STEMS = ("results", "performance", "architectures", "artifact-size", "export", "low-memory", "many")
+_STEMS = ("results", "performance", "architectures", "artifact-size", "causal-lm", "export", "low-memory", "many")
 NAMES = ("README.md", *(f"docs/{stem}.md" for stem in _STEMS))
 PAGES = [ROOT / name for name in NAMES]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
@@ -81,11 +81,11 @@ def _controls() -> str:
     return "\n".join(lines)
 
 
-def _performance(script: str, *keys: str) -> Callable[[], str]:
+def _performance(script: str, *keys: str, folder: Path = PERFORMANCE) -> Callable[[], str]:
     """The rows of a script's runs, of all or of those named, a table each."""
 
     def text() -> str:
-        runs = read_json(PERFORMANCE / f"{script}.json")["runs"]
+        runs = read_json(folder / f"{script}.json")["runs"]
         return "\n\n".join("\n".join(_rows(key, run)) for key, run in runs.items() if not keys or key in keys)
 
     return text
@@ -121,6 +121,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": _performance("training", *(f"{at}/4x128" for at in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
     "training, 900M": _performance("training", "900M/bfloat16/4x128"),
     **{script: _performance(script, "900M") for script in ("draw", "ready")},
+    "clm_900m": _performance("clm_900m", folder=PERFORMANCE.with_name("scale")),
 }
 
 

@@ -6,21 +6,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from arguments import UsageError
+from data_files import READERS, check_file, read_file
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from glue_tasks import PAIR, TASKS, Task, accuracy, mean_squared_error
 from transformers import EvalPrediction, PreTrainedTokenizerBase
-
-
-class UsageError(ValueError):
-    """Something in the arguments or the data that the user can put right. Nothing has been trained or written."""
-
-
-READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
 
 # Names of column types, or their beginnings.
 _TEXT_KINDS = ("string", "large_string")
@@ -73,10 +66,7 @@ class DataArguments:
         if files is not None and not self.data_dir and needed:
             raise UsageError(f"{needed} is needed, since you pass files of your own.")
         for file in (files or {}).values():
-            if Path(file).suffix not in READERS:
-                raise UsageError(f"{file}: unknown kind of file, expected one of {', '.join(READERS)}.")
-            if not Path(file).is_file():
-                raise UsageError(f"{file}: no such file.")
+            check_file(file, READERS)
 
     def files(self) -> dict[str, str] | None:
         """Local data files by split, or None if the data is on the hub."""
@@ -157,7 +147,7 @@ def load_text_data(args: DataArguments, cache_dir: str | None = None) -> TextDat
         sets = load_dataset("nyu-mll/glue", args.task_name, cache_dir=cache_dir)
         sets = DatasetDict({split: sets[split] for split in ["train", *evaluation_splits(args.task_name)]})
     else:
-        sets = DatasetDict({split: _read(file, cache_dir) for split, file in files.items()})
+        sets = DatasetDict({split: read_file(file, cache_dir=cache_dir) for split, file in files.items()})
     task = TASKS[args.task_name] if args.task_name else None
     columns = task.columns if task else _text_columns(sets["train"])
     for split, rows in sets.items():
@@ -169,13 +159,6 @@ def load_text_data(args: DataArguments, cache_dir: str | None = None) -> TextDat
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
         sets[split] = rows.select(range(min(limit or len(rows), len(rows))))
     return TextData(sets, columns, classes and classes.names, args.task_name)
-
-
-def _read(file: str, cache_dir: str | None) -> Dataset:
-    try:
-        return load_dataset(READERS[Path(file).suffix], data_files=file, split="train", cache_dir=cache_dir)
-    except Exception as error:  # pyarrow, pandas and json raise errors of their own kinds
-        raise UsageError(f"{file}: cannot be read, or has no rows: {error.__cause__ or error}") from error
 
 
 def _kind(rows: Dataset, column: str) -> str:

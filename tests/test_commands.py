@@ -62,10 +62,12 @@ def test_scripts_take_the_arguments_that_are_printed_with_them() -> None:
         for _, words in of("python")
         if len(words) > 1 and words[1] != "-m" and "train_glue.py" not in words[1]
     ]
-    wrong = ["python benchmarks/paper/mnist.py --no_such 1", "python benchmarks/paper/cli.py --r 1"]  # would be found
+    wrong = ["python benchmarks/paper/mnist.py --no_such 1", "python examples/train_clm.py --no_such 1"]
+    wrong += ["python benchmarks/paper/cli.py --r 1"]  # would be found
     found = refused([*dict.fromkeys([*commands, *reproduced]), *wrong]).splitlines()
     assert found[0].startswith(f"{wrong[0]}: SystemExit(2)")
-    assert found[-1] == f"{wrong[1]}: read no arguments" and not any("benchmarks" in line for line in found[1:-1])
+    assert "--no_such" in next(line for line in found if line.startswith(f"{wrong[1]}: "))
+    assert found[-1] == f"{wrong[2]}: read no arguments" and not any("benchmarks" in line for line in found[1:-1])
 
 
 def test_commands_of_ours_take_the_arguments_that_are_printed_with_them() -> None:

@@ -249,7 +249,7 @@ def test_resume_is_bit_exact_and_the_best_model_is_kept(train: Train) -> None:
 def test_methods_to_compare_with(
     train: Train, options: list[str], trainable: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="train_glue")
+    caplog.set_level("INFO", logger="training")
     result = train(*rte(), "--lora_r", "2", "--method", *options)
     assert result["train_loss"] == pytest.approx(math.log(2), abs=0.1)
     shown = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("trainable"))

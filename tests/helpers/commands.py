@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import PAGES, ROOT, blocks, name
+from transformers import HfArgumentParser
 
 TOOLS = ("python", "torchrun", "accelerate", "make", "pip", "lottalora")
 
@@ -68,6 +69,12 @@ def main() -> None:
         original(self, *args, **kwargs)
         raise _Parsed
 
+    def parse_args_into_dataclasses(self: HfArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        into_dataclasses(self, *args, **kwargs)
+        raise _Parsed
+
+    into_dataclasses = HfArgumentParser.parse_args_into_dataclasses
+    HfArgumentParser.parse_args_into_dataclasses = parse_args_into_dataclasses  # type: ignore[method-assign]
     argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign, assignment]
     for command in json.load(sys.stdin):
         _, script, *sys.argv[1:] = shlex.split(command)

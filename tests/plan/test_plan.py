@@ -7,14 +7,13 @@ import pytest
 import sizes
 import torch
 from accelerate import init_empty_weights
+from paper import TOTALS
 from peft import get_peft_model
 from tiny import bert, config, gpt2, llama, mlp, perturb, t5, vit
 from torch import nn
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from hf_lottalora import Plan, make_plan
-
-TOTALS = {"3M": 2_368_320, "30M": 29_990_784, "300M": 315_405_312, "600M": 693_370_944, "900M": 1_212_039_296}
 
 
 def roles(plan: Plan) -> dict[str, str]:
