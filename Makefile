@@ -128,6 +128,11 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/perf/scales.py
 	$(PY) benchmarks/perf/sharing.py
 	$(PY) benchmarks/scale/clm_900m.py
+	$(PY) benchmarks/scale/engines.py
+	$(PY) benchmarks/scale/engines.py --scale 900M --parts engines --engines FSDP2 --repeats 1
+	$(PY) benchmarks/scale/engines.py --scale 3M --parts losses
+	$(PY) benchmarks/scale/engines.py --scale 3M --parts engines --processes 4 --engines FSDP2 --repeats 0
+	$(PY) benchmarks/scale/model.py
 	$(PY) benchmarks/architectures.py --workers 2
 	$(PY) benchmarks/tables.py
 

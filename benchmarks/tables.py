@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -33,10 +33,14 @@ from common import read_json
 from hf_lottalora import RankSearch
 
 ROOT = Path(__file__).parents[1]
-_STEMS = ("results", "performance", "architectures", "artifact-size", "causal-lm", "export", "low-memory", "many")
+_STEMS = (
+    *("results", "performance", "architectures", "artifact-size", "causal-lm", "export", "low-memory", "many"),
+    "several-processes",
+)
 NAMES = ("README.md", *(f"docs/{stem}.md" for stem in _STEMS))
 PAGES = [ROOT / name for name in NAMES]
 PERFORMANCE = Path(__file__).parent / "results" / "perf"
+SCALE = PERFORMANCE.with_name("scale")
 
 
 def _ablation(table: str) -> Callable[[], str]:
@@ -91,6 +95,21 @@ def _performance(script: str, *keys: str, folder: Path = PERFORMANCE) -> Callabl
     return text
 
 
+def _scale(script: str, runs: str, *columns: str, **only: Sequence[Any]) -> Callable[[], str]:
+    """Of the runs with `runs` in their names, the columns that are named or all, of rows with these values only."""
+
+    def text() -> str:
+        tables = []
+        for key, run in read_json(SCALE / f"{script}.json")["runs"].items():
+            if runs in key:
+                chosen = [row for row in run["rows"] if all(row[name] in values for name, values in only.items())]
+                rows = [{name: row[name] for name in columns or row} for row in chosen]
+                tables.append("\n".join(_rows(key, {"rows": rows})))
+        return "\n\n".join(tables)
+
+    return text
+
+
 def _rows(key: str, run: dict[str, Any]) -> Iterator[str]:
     columns = [name for name in run["rows"][0] if any(row[name] != "" for row in run["rows"])]
     yield f"| {key} | {' | '.join(columns[1:])} |"
@@ -103,6 +122,13 @@ def _rows(key: str, run: dict[str, Any]) -> Iterator[str]:
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
+
+_SENT = (("broadcast", ""), ("all-gather", " a step"), ("reduce-scatter", " a step"), ("all-reduce", " a step"))
+_TAKEN = (
+    *("peak / shard", "peak to step 1 / shard", "seconds building", "building / efficient"),
+    *("seconds to step 1", "to step 1 / efficient", "repeats"),
+)
+_COMPARED = ("model", "measured", "measured / model")
 
 TABLES: dict[str, Callable[[], str]] = {
     "controls": _controls,
@@ -118,6 +144,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
     **{script: _performance(script) for script in ("conv", "decode", "export", "large", "many", "scales", "step")},
+    "engines, bytes": _scale("engines", "2 processes", "engine", "method", *(f"{kind} MB{at}" for kind, at in _SENT)),
+    "engines, memory": _scale("engines", "2 processes", "engine", "method", *_TAKEN),
+    "engines, steps": _scale("engines", "a step under DDP"),
+    "engines, losses": _scale("engines", "losses of"),
+    "model of scale": _scale("model", ", ", GPUs=(8, 1024)),
+    "model of scale, check": _scale("model", "check", "at", "engine", "method", *_COMPARED, what=["peak MB"]),
     "training": _performance("training", *(f"{at}/4x128" for at in ("base/float32", "base/bfloat16", "900M/bfloat16"))),
     "training, 900M": _performance("training", "900M/bfloat16/4x128"),
     **{script: _performance(script, "900M") for script in ("draw", "ready")},
