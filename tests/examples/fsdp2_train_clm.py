@@ -3,14 +3,13 @@
 import sys
 from pathlib import Path
 
-for folder in ("tests/helpers", "examples"):
-    sys.path.insert(0, str(Path(__file__).parents[2] / folder))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import engines  # noqa: E402
+import engines
+import train_clm
+from arguments import run
 
-engines.allow_fsdp()
-
-import train_clm  # noqa: E402
-from arguments import run  # noqa: E402
-
-run(train_clm.main)
+if __name__ == "__main__":
+    engines.allow_fsdp()
+    run(train_clm.main)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +18,13 @@ import train_glue
 from accelerate.commands.launch import launch_command_parser
 from commands import printed
 from data_dir import data_dir
+from scripts import BIN, ROOT, launch
 from torch.distributed.run import get_args_parser
 from transformers import BertConfig
 
 import hf_lottalora
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "examples" / "train_glue.py")
-BIN = Path(sys.executable).parent
 Train = Callable[..., dict[str, Any]]
 
 # Parameters of the tiny network with adapters of rank 2.
@@ -82,17 +79,6 @@ def train(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def losses(state: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-def launch(command: list[Any]) -> str:
-    """Run a command to its end; returns its output, raises with it."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [str(part) for part in command], env=environment, text=True, timeout=300, capture_output=True, cwd=ROOT
-    )
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return done.stdout
 
 
 # ---- commands as they are printed -----------------------------------------------------------------------------------
