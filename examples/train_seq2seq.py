@@ -92,7 +92,9 @@ def sequence_model(
     config = load_config(args)
     check_vocabulary(config, tokenizer)
     if not args.model_name_or_path:
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if tokenizer.eos_token is None:
+            tokenizer.eos_token = tokenizer.sep_token  # Trainer gives the model the tokenizer's
+        end = tokenizer.eos_token_id
         start = getattr(config, "decoder_start_token_id", None)
         # Decoding starts with the end of a text in BART, and with padding in T5.
         ends = start is not None and start == config.eos_token_id

@@ -77,8 +77,9 @@ def test_a_run_and_what_it_saves(
 
 
 def test_resume_is_bit_exact(train: Train, pictures: Path) -> None:
-    whole = train(*folder(pictures), "--save_steps", "10")
-    resume = ["--resume_from_checkpoint", str(whole["folder"] / "checkpoint-10")]
+    # Within the first epoch: in a later one the oldest supported versions shuffle anew.
+    whole = train(*folder(pictures), "--save_steps", "4")
+    resume = ["--resume_from_checkpoint", str(whole["folder"] / "checkpoint-4")]
     assert train(*folder(pictures), *resume, output="resumed")["losses"] == whole["losses"]
 
 
