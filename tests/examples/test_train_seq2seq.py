@@ -58,7 +58,7 @@ def train(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
 
 @pytest.mark.parametrize("model", ["t5", "bart"])
 def test_a_run_and_what_it_saves(train: Train, model: str) -> None:
-    run = train("--predict_with_generate", "--save_steps", "15", model=model)
+    run = train("--predict_with_generate", "--save_steps", "5", model=model)
     assert run["losses"][-1] < 0.6 * run["losses"][0] and run["eval_samples"] == 6 and 0 <= run["eval_exact_match"] <= 1
     again = AutoLottaLoraModelForSeq2SeqLM.from_pretrained(run["folder"])
     again.verify_scaffold(full=True)
@@ -68,7 +68,8 @@ def test_a_run_and_what_it_saves(train: Train, model: str) -> None:
     assert torch.equal(mine.logits, theirs.logits)
     assert (again.config.pad_token_id, again.config.eos_token_id) == (0, 3)
 
-    resumed = train("--resume_from_checkpoint", str(run["folder"] / "checkpoint-15"), model=model, output="resumed")
+    # Within the first epoch: in a later one the oldest supported versions shuffle anew.
+    resumed = train("--resume_from_checkpoint", str(run["folder"] / "checkpoint-5"), model=model, output="resumed")
     assert resumed["losses"] == run["losses"] and "eval_exact_match" not in resumed
 
 
