@@ -67,8 +67,10 @@ def train(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_run_and_what_it_saves(train: Train, common: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run = train("--lora_r", "2", "--scaffold_seed", "5")
-    # Of the vocabulary few tokens occur, whose logits have a deviation of their own.
-    assert run["losses"][0] == pytest.approx(math.log(SIZE), rel=0.1) and run["losses"][-1] < 0.7 * run["losses"][0]
+    # The oldest supported Trainer divides by all 16 labels of a block, of which 15 are predicted.
+    share = run["losses"][0] / math.log(SIZE)
+    assert share == pytest.approx(1, rel=0.02) or share == pytest.approx(15 / 16, rel=0.02)
+    assert run["losses"][-1] < 0.7 * run["losses"][0]
     assert run["eval_perplexity"] == pytest.approx(math.exp(run["eval_loss"])) and run["eval_samples"] == 20
     assert run["eval_perplexity"] == run["trainer"].state.log_history[-1]["eval_perplexity"]
 
