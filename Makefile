@@ -130,9 +130,9 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/perf/sharing.py
 	$(PY) benchmarks/scale/clm_900m.py
 	$(PY) benchmarks/scale/engines.py
-	$(PY) benchmarks/scale/engines.py --scale 900M --parts engines --engines FSDP2 --repeats 1
+	$(PY) benchmarks/scale/engines.py --scale 900M --parts engines --engines FSDP2 --repeats 0 --methods "PEFT LoRA, efficient loading" dense "packed, 1 bit, trained embeddings"
 	$(PY) benchmarks/scale/engines.py --scale 3M --parts losses
-	$(PY) benchmarks/scale/engines.py --scale 3M --parts engines --processes 4 --engines FSDP2 --repeats 0
+	$(PY) benchmarks/scale/engines.py --parts engines --processes 4 --engines FSDP2 --repeats 0 --methods "PEFT LoRA, efficient loading" dense "packed, 1 bit"
 	$(PY) benchmarks/scale/model.py
 	$(PY) benchmarks/architectures.py --workers 2
 	$(PY) benchmarks/tables.py
