@@ -77,38 +77,56 @@ class ScaledLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, beta, A, B = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_beta, need_A, need_B = ctx.needs_input_grad[:6]
-        dx: Any = None
-        dweight = dbias = dbeta = dA = dB = None
-        dtype, scaling = grad.dtype, ctx.scaling
+        needs = ctx.needs_input_grad[:6]
         with without_autocast(grad):
-            x_NI: Any = None if x is None else x.reshape(-1, x.shape[-1])
-            g_NO = grad.reshape(-1, grad.shape[-1])
-            if need_x or need_beta:
-                dx = g_NO @ values_of(_as_OI(weight, ctx.weight_is_IO, dtype), dtype)  # W^T g, before beta
-            if need_beta:
-                exact = torch.promote_types(dtype, torch.float32)
-                dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
-            if A is None or B is None:
-                dx = _times(dx, beta) if need_x else None
-            else:
-                # Products with r rows are up to twice as fast on CPUs as those with r columns.
-                A_rI = A.to(dtype)
-                gB_rN = B.to(dtype).t() @ g_NO.t()
-                if need_x:
-                    dx = _times_plus(dx, beta, gB_rN.t(), A_rI, scaling)
-                if need_A:
-                    dA = (scaling * (gB_rN @ x_NI)).to(A.dtype)
-                if need_B:
-                    dB_rO = scaling * ((A_rI @ x_NI.t()) @ g_NO)
-                    dB = dB_rO.t().to(B.dtype).contiguous()
-            if need_weight:
-                dweight = (g_NO.t() @ x_NI * beta).to(weight.dtype)
-                dweight = dweight.t() if ctx.weight_is_IO else dweight
-            if need_bias:
-                dbias = g_NO.sum(0).to(ctx.bias_dtype)
-            dx = dx.view(*grad.shape[:-1], dx.shape[-1]) if need_x else None
-        return dx, dweight, dbias, dbeta, dA, dB, None, None
+            found = gradients(needs, grad, x, weight, beta, A, B, ctx.scaling, ctx.weight_is_IO, ctx.bias_dtype)
+        return *found, None, None
+
+
+def gradients(
+    needs: tuple[bool, ...],
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    beta: torch.Tensor,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    scaling: float,
+    weight_is_IO: bool,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Of x, weight, bias, beta, A and B of `ScaledLinear`, those that are needed; `grad` is the output's."""
+    need_x, need_weight, need_bias, need_beta, need_A, need_B = needs
+    dx: Any = None
+    dweight = dbias = dbeta = dA = dB = None
+    dtype = grad.dtype
+    x_NI: Any = None if x is None else x.reshape(-1, x.shape[-1])
+    g_NO = grad.reshape(-1, grad.shape[-1])
+    if need_x or need_beta:
+        dx = g_NO @ values_OI(weight, weight_is_IO, dtype)  # W^T g, before beta
+    if need_beta:
+        exact = torch.promote_types(dtype, torch.float32)
+        dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
+    if A is None or B is None:
+        dx = _times(dx, beta) if need_x else None
+    else:
+        # Products with r rows are up to twice as fast on CPUs as those with r columns.
+        A_rI = A.to(dtype)
+        gB_rN = B.to(dtype).t() @ g_NO.t()
+        if need_x:
+            dx = _times_plus(dx, beta, gB_rN.t(), A_rI, scaling)
+        if need_A:
+            dA = (scaling * (gB_rN @ x_NI)).to(A.dtype)
+        if need_B:
+            dB_rO = scaling * ((A_rI @ x_NI.t()) @ g_NO)
+            dB = dB_rO.t().to(B.dtype).contiguous()
+    if need_weight:
+        dweight = (g_NO.t() @ x_NI * beta).to(weight.dtype)
+        dweight = dweight.t() if weight_is_IO else dweight
+    if need_bias:
+        dbias = g_NO.sum(0).to(bias_dtype)
+    dx = dx.view(*grad.shape[:-1], dx.shape[-1]) if need_x else None
+    return dx, dweight, dbias, dbeta, dA, dB
 
 
 class ScaledEmbedding(torch.autograd.Function):
@@ -208,9 +226,22 @@ def _times_plus(
     return y.mul_(beta).addmm_(left, right, alpha=scaling)
 
 
+def scaled_plus(
+    W_OI: torch.Tensor, beta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """`beta * W + scaling * left @ right`, in new memory."""
+    total = W_OI * beta.to(W_OI.dtype)
+    return total + scaling * (left @ right) if _transformed() else total.addmm_(left, right, alpha=scaling)
+
+
 def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
     weight = _cast(weight, dtype)
     return weight.t() if weight_is_IO else weight
+
+
+def values_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
+    """The weight `(O, I)` in a dtype to multiply in, dequantised."""
+    return values_of(_as_OI(weight, weight_is_IO, dtype), dtype)
 
 
 def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -30,6 +30,10 @@ _SMALLEST = 16  # elements; betas above all. Less than the entry in the header h
 _OF_ADAPTERS: dict[str, tuple[str, int | None]] = {
     "lora_A.weight": ("A and B", 0),
     "lora_B.weight": ("A and B", 1),
+    "lora_A.gamma": ("coefficients", 0),
+    "lora_B.lambda": ("coefficients", 0),
+    "lora_A.coefficients": ("coefficients", None),
+    "lora_B.coefficients": ("coefficients", None),
     "lora_embedding_A": ("A and B", 0),
     "lora_embedding_B": ("A and B", 1),
     "lora_rows": ("embeddings", 0),
