@@ -242,7 +242,8 @@ def check_adapter(values: Mapping[str, Any]) -> None:
     family = get_family(values["basis_family"])
     if not family.exact or family.name == "zero":
         raise ValueError(
-            f"basis_family={family.name!r} has no bases: take 'uniform', 'binary' or another that is drawn."
+            f"basis_family must be one that is drawn element by element, such as 'uniform' or 'binary', got "
+            f"{family.name!r}."
         )
     lora_only = {
         "init_lora_weights": (values["init_lora_weights"] is not True, "it starts without an update, so that is True"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.randlora import RandLoraConfig
-from tiny import config, ids, llama, logits, perturb
+from tiny import SOURCES, config, ids, llama, logits, perturb
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -23,11 +23,6 @@ from hf_lottalora.layers.randlora import folds
 from hf_lottalora.scaffold.tensor import ScaffoldTensor
 
 SHAPES = {"O > I": (12, 20), "O < I": (20, 12), "O = I": (12, 12)}  # I, O; d = 12, which 5 does not divide
-SOURCES: dict[str, dict[str, Any]] = {
-    "randlora": {"adapter": "randlora"},
-    "nola by shape": {"adapter": "nola", "bases": 7},
-    "nola by layer": {"adapter": "nola", "bases": 7, "bases_shared": "layer"},
-}
 FAMILIES = ("uniform", "normal", "binary", "ternary")
 
 
@@ -247,7 +242,7 @@ def test_several_adapters_of_several_kinds_together() -> None:
     others = {
         "nola": {"adapter": "nola", "bases": 7, "r": 3},
         "again": {"adapter": "randlora", "r": 4},
-        "lora": {"r": 2},
+        "plain": {"r": 2},
     }
     for name, changes in others.items():
         settings = config(target_modules=["0"], redraw="none", save_kept=True, **changes)
@@ -330,7 +325,7 @@ def test_residencies_compute_the_same_to_the_bit(source: str, residency: str) ->
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_autocast(source: str) -> None:
-    model = trained_llama(source)
+    model = trained_llama(source, lora_alpha=1)
     exact = model(input_ids=ids(2, 30)).logits
     with torch.autocast("cpu", torch.bfloat16):
         found = model(input_ids=ids(2, 30)).logits

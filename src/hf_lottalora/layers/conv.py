@@ -114,9 +114,8 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
         for name in adapters:
             A, B = (tensor.to(x.dtype) for tensor in self._pair(name))
             hidden = base._conv_forward(self.lora_dropout[name](x), A, None)
-            none, one = (0,) * len(base.kernel_size), (1,) * len(base.kernel_size)
-            low_rank = torch.convolution(hidden, B, None, one, none, one, False, none, base.groups)
-            y = y + low_rank * self.scaling[name]
+            conv = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
+            y = y + conv(hidden, B, groups=base.groups) * self.scaling[name]
         return self._with_magnitude(y, adapters[0], channels=self._channels, bias=self._total_bias(adapters))
 
     @property

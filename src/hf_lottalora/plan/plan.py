@@ -16,7 +16,17 @@ from ..scaffold.tensor import ScaffoldTensor, combined_digest
 from .canonical import canonical_json, describe, digest_of
 from .left_out import LeftOut
 from .report import Reported, name_of
-from .storage import FORMS, SCALES_KEY, Shrinkable, described, file_bytes, of_adapter, of_trained
+from .storage import (
+    FORMS,
+    SCALES_KEY,
+    STACKED,
+    STACKED_KEY,
+    Shrinkable,
+    described,
+    file_bytes,
+    of_adapter,
+    of_trained,
+)
 from .survey import Survey, SurveyedTensor
 
 MANIFEST_KEY = "lottalora_manifest"
@@ -251,6 +261,19 @@ class Plan(Reported):
             if tensor.survey.kind == "embedding" and isinstance(tensor.start, ScaffoldTensor) and tensor.start.exact
         }
 
+    @property
+    def stacked(self) -> dict[str, list[str]]:
+        """What lies in a file as one tensor `(layers, ...)`, by its key there: the keys of its parts, in order.
+
+        Of adapters whose tensors are so small that their entries in the header would be a large part of the file.
+        """
+        parts: dict[str, list[str]] = {}
+        for adapter in self.adapters:
+            for name in adapter.shapes if adapter.source != "lora" else ():
+                if name in STACKED:
+                    parts.setdefault(f"{STACKED_KEY}.{name}", []).append(saved_key(f"{adapter.path}.{name}"))
+        return {key: sorted(keys) for key, keys in parts.items()}
+
     def trained_rows(self) -> dict[str, list[int]]:
         """The ids of the rows that are trained, by the path of their embedding."""
         return {adapter.path: list(adapter.rows) for adapter in self.adapters if adapter.kind == "rows"}
@@ -317,12 +340,15 @@ class Plan(Reported):
         forms = {key: tensor.form(dtypes[key], self.save_dtype) for key, tensor in shrinkable.items()}
         dtypes |= {key: FORMS[form] for key, form in forms.items() if form}
         entries = {key: (dtypes[key], shape) for key, shape in self.saved_shapes().items()}
+        for key, parts in self.stacked.items():
+            each = [entries.pop(part) for part in parts]
+            entries[key] = (each[0][0], (len(parts), *each[0][1]))
         scales = sum(math.prod(shrinkable[key].scales or ()) for key, form in forms.items() if form == "int8")
         if scales:
             entries[SCALES_KEY] = (torch.bfloat16, (scales,))
         options = {**self.options, **self.recorded_options(), "other_dtypes": {}}
         digests = {"digest": "0" * 64, "each": "0" * 8 * len(entries)}
         loss = {shrinkable[key].group: (0.00123, 0.00123) for key, form in forms.items() if form}
-        stored = described(self.save_dtype, forms, {}, loss)
+        stored = described(self.save_dtype, forms, {}, loss, self.stacked)
         manifest = self.manifest(options, torch.float32, digests, stored)
         return file_bytes({**entries, MANIFEST_KEY: (torch.uint8, tuple(manifest.shape))})

@@ -131,7 +131,7 @@ class Reported:
             [(*key, *row) for key, row in sorted(rows.items(), key=lambda row: row[0][0])],  # type: ignore[misc]
             [
                 f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of "
-                f"which {_internal(self.adapters)} {self.adapter_parameters:,}",
+                f"which {trained_in(self.adapters)} {self.adapter_parameters:,}",
                 f"adapters  on {len(self.targets)} layers ({self.rule})" + self._beside_targets(),
                 *(f"left out  {left}{left.option and f' ({left.option})'}" for left in self.left_out),
                 *(
@@ -160,7 +160,8 @@ _ADAPTER_OPTIONS = (
 _TRAINED = {"lora": "A, B, beta", "randlora": "gamma, lambda, beta", "nola": "coefficients, beta"}
 
 
-def _internal(adapters: Any) -> str:
+def trained_in(adapters: Any) -> str:
+    """What these adapters train in their layers, in words."""
     *first, last = _TRAINED[adapters[0].source].split(", ")
     return f"{', '.join(first)} and {last}"
 
