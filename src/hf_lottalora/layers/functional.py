@@ -62,7 +62,7 @@ class ScaledLinear(torch.autograd.Function):
                 else:
                     y_NO = _times(y_NO, beta)
                 if bias is not None:
-                    y_NO = y_NO + bias.to(dtype) if _transformed() else y_NO.add_(bias)
+                    y_NO = y_NO + bias.to(dtype) if transformed() else y_NO.add_(bias)
         # A view would be refused in place: its base was made here, where autograd does not look.
         return torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], y_NO.shape[-1]))  # type: ignore[no-any-return]
 
@@ -205,20 +205,20 @@ class ScaledConv(torch.autograd.Function):
         return dx, dweight, dbeta, None, None, None, None
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether values must not be overwritten: autograd records a second derivative, or `torch.func` transforms."""
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _times(y: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    return y * beta.to(y.dtype) if _transformed() else y.mul_(beta)
+    return y * beta.to(y.dtype) if transformed() else y.mul_(beta)
 
 
 def _times_plus(
     y: torch.Tensor, beta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """`beta * y + scaling * left @ right`, in y's memory where that is allowed."""
-    if _transformed():
+    if transformed():
         return _times(y, beta) + scaling * (left @ right)
     if type(y) is torch.Tensor and y.device.type == "cpu" and not torch.compiler.is_compiling():
         # One pass over y. Elsewhere reading beta would wait for the device, or break the graph.
@@ -231,7 +231,7 @@ def scaled_plus(
 ) -> torch.Tensor:
     """`beta * W + scaling * left @ right`, in new memory."""
     total = W_OI * beta.to(W_OI.dtype)
-    return total + scaling * (left @ right) if _transformed() else total.addmm_(left, right, alpha=scaling)
+    return total + scaling * (left @ right) if transformed() else total.addmm_(left, right, alpha=scaling)
 
 
 def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:

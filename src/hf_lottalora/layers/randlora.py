@@ -17,7 +17,7 @@ from torch import nn
 from ..residency.virtual_weight import VirtualWeight
 from .bases import basis
 from .coefficients import Coefficients
-from .functional import ScaledLinear, gradients, scaled_plus, values_OI, without_autocast
+from .functional import ScaledLinear, gradients, scaled_plus, transformed, values_OI, without_autocast
 
 
 class RandLora:
@@ -81,7 +81,9 @@ def folds(rows: int, outputs: int, inputs: int, q: int) -> bool:
 def _pair(
     gamma: torch.Tensor, lam: torch.Tensor, small: torch.Tensor, large: torch.Tensor, tall: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    U = (lam.unsqueeze(-1) * small * gamma.unsqueeze(1)).flatten(0, 1).to(large.dtype)
+    U = small * gamma.unsqueeze(1)
+    U = U * lam.unsqueeze(-1) if transformed() else U.mul_(lam.unsqueeze(-1))
+    U = U.flatten(0, 1).to(large.dtype)
     return (U, large) if tall else (large.t(), U.t())
 
 
