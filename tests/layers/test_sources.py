@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from hf_lottalora import LottaLoraConfig
+from hf_lottalora import LottaLoraConfig, cost_report
 from hf_lottalora.layers.bases import SIDE, basis
 from hf_lottalora.layers.randlora import folds
 from hf_lottalora.scaffold.tensor import ScaffoldTensor
@@ -398,6 +398,45 @@ def test_a_layer_alone_under_checkpoint() -> None:
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert layer.lora_B["default"].value.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled(source: str) -> None:
+    model, _ = adapted(nn.Linear(12, 20), torch.float32, **SOURCES[source])
+    whole = source == "randlora"  # whether coefficients have changed is asked outside the graph
+    for rows in (2, 200):
+        x = torch.randn(rows, 12)
+        model(x)  # draws the bases
+        compiled = torch.compile(model, fullgraph=whole, backend="aot_eager")
+        found = [torch.autograd.grad(f(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
+                 for f in (model, compiled)]  # fmt: skip
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_costs_are_counted(source: str) -> None:
+    model = trained_llama(source)
+    for length in (5, 60):
+        report = cost_report(model, {"input_ids": ids(2, length), "labels": ids(2, length)})
+        assert report.flops_counted is not None and report.flops is not None
+        assert report.flops_counted > report.flops / 2
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_multihead_attention(source: str) -> None:
+    net = nn.Sequential()
+    net.add_module("attention", nn.MultiheadAttention(16, 2))
+    model = get_peft_model(net, config(target_modules=["attention"], redraw="none", **SOURCES[source]))
+    perturb(model)
+    attention: Any = model.base_model.model.attention
+    x = torch.randn(3, 2, 16)
+    y = attention(x, x, x)[0]
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.merge_adapter()
+    torch.testing.assert_close(attention(x, x, x)[0], y, rtol=1e-4, atol=1e-4)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

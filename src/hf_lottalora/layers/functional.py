@@ -8,6 +8,7 @@ Shape suffixes: N rows of the flattened input, I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.func import functional_call
 
 from ..residency.foreign import is_foreign, values_of
 from ..residency.virtual_operations import few_rows_product
+from .bases import without_values
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
@@ -29,11 +31,19 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """Autocast switched off for the device of `x`, where it has any."""
-    known = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
+    """Autocast switched off for the device of `x`, where it is on."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
+def bound_fast(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same function; torch binds arguments by forward's signature in each call, and would derive it each time."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
+
+
+@bound_fast
 class ScaledLinear(torch.autograd.Function):
     """`beta * x W^T + scaling * (x A^T) B^T + bias`, keeping x at most for backward. `A = B = None` leaves them out."""
 
@@ -129,6 +139,7 @@ def gradients(
     return dx, dweight, dbias, dbeta, dA, dB
 
 
+@bound_fast
 class ScaledEmbedding(torch.autograd.Function):
     """`beta * E(ids)` without keeping E(ids), which is looked up again for beta's gradient. `weight` is embed's."""
 
@@ -152,6 +163,7 @@ class ScaledEmbedding(torch.autograd.Function):
         return dbeta.to(beta.dtype).reshape(1), None, None, None
 
 
+@bound_fast
 class ScaledConv(torch.autograd.Function):
     """`beta * conv(x, W)` for x `(N, I, ...)`, keeping only x: d beta = <g, conv(x, W)> = <conv^T(g, W), x>."""
 
@@ -230,8 +242,11 @@ def scaled_plus(
     W_OI: torch.Tensor, beta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """`beta * W + scaling * left @ right`, in new memory."""
-    total = W_OI * beta.to(W_OI.dtype)
-    return total + scaling * (left @ right) if transformed() else total.addmm_(left, right, alpha=scaling)
+    if transformed():
+        return W_OI * beta.to(W_OI.dtype) + scaling * (left @ right)
+    if W_OI.device.type == "cpu" and not torch.compiler.is_compiling() and not without_values(beta):
+        return torch.addmm(W_OI, left, right, beta=beta.item(), alpha=scaling)  # one pass
+    return (W_OI * beta.to(W_OI.dtype)).addmm_(left, right, alpha=scaling)
 
 
 def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:

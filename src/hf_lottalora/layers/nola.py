@@ -24,24 +24,24 @@ from ..residency.shards import is_sharded
 from ..scaffold.tensor import ScaffoldTensor
 from .bases import SIDE, without_values
 from .coefficients import Coefficients
-from .functional import ScaledLinear
+from .functional import ScaledLinear, bound_fast
 
-_BLOCK = 1 << 19  # elements of bases that are in memory at a time: 2 MiB in float32
+_BLOCK = 1 << 18  # elements of bases that are in memory at a time: 1 MiB in float32
 
 
 class Bases(NamedTuple):
     """The k bases of one factor, as rows of a virtual matrix `(2**20, m)`: more of them leave the first as they are."""
 
     spec: ScaffoldTensor
-    count: int
+    k: int
 
     def blocks(self, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """All of them, some rows at a time, in the dtype of `like` and where it is; the memory is used again."""
         m, start = self.spec.shape[1], 0
         step = max(1, _BLOCK // m)
-        memory = like.new_empty(min(step, self.count), m)
-        while start < self.count:
-            rows = slice(start, min(start + step, self.count))
+        memory = like.new_empty(min(step, self.k), m)
+        while start < self.k:
+            rows = slice(start, min(start + step, self.k))
             block = memory[: rows.stop - start]
             if not without_values(like):
                 self.spec.fill([start * m], block.view(1, -1))
@@ -51,9 +51,10 @@ class Bases(NamedTuple):
     @property
     def scale(self) -> float:
         """What the bases are multiplied by."""
-        return 1 / math.sqrt(3 * self.count)
+        return 1 / math.sqrt(3 * self.k)
 
 
+@bound_fast
 class Combined(torch.autograd.Function):
     """`start + scale * coefficients @ bases` for several layers, `(m,)` each. Nothing is kept for backward."""
 
@@ -78,7 +79,7 @@ class Combined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         G = torch.stack(grads)
-        dC = G.new_empty(len(G), ctx.bases.count)
+        dC = G.new_empty(len(G), ctx.bases.k)
         for rows, block in ctx.bases.blocks(G):
             dC[:, rows] = G @ block.t()
         return None, None, *(dC * ctx.bases.scale)
@@ -156,7 +157,7 @@ class Nola:
         self.A, self.at_A, self.B, self.at_B = A, at_A, B, at_B
 
     def __str__(self) -> str:
-        return f"NOLA of {self.A.bases.count} {self.A.bases.spec.family}"
+        return f"NOLA of {self.A.bases.k} {self.A.bases.spec.family}"
 
     def start(self, A: Coefficients, B: Coefficients) -> None:
         """Zeros: A = A0, and no update yet."""

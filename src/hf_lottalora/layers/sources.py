@@ -47,7 +47,7 @@ class Sources:
     """The sources of one adapter, layer by layer."""
 
     def __init__(self, config: LottaLoraConfig) -> None:
-        self.config, self.seed = config, config.effective_adapter_seed
+        self.config, self.seed, self.family = config, config.effective_adapter_seed, config.basis_family or ""
         self.factors: dict[str, Factors] = {}
 
     def of(
@@ -58,13 +58,12 @@ class Sources:
         held: tuple[Coefficients, Coefficients],
     ) -> Source:
         """That of the layer with this canonical path, where LoRA's A and B would have these shapes."""
-        family = self.config.basis_family
         if self.config.adapter == "randlora":
-            return RandLora(self.seed, family, r, math.prod(shapes[0][1:]), shapes[1][0])
+            return RandLora(self.seed, self.family, r, math.prod(shapes[0][1:]), shapes[1][0])
         places = []
         for factor, shape, coefficients in zip("AB", shapes, held, strict=True):
             shared = None if self.config.bases_shared == "shape" else path
-            bases = bases_of(factor, shared, math.prod(shape), self.seed, family, self.config.bases)
+            bases = bases_of(factor, shared, math.prod(shape), self.seed, self.family, self.config.bases or 0)
             factors = self.factors.setdefault(bases.spec.name, Factors(bases))
             start = start_of_A(path, shape, self.seed) if factor == "A" else None
             places.append((factors, factors.add(Member(coefficients, start, shape))))
