@@ -9,6 +9,7 @@ W x). Every saved storage is counted once; parameters are not counted.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from hf_lottalora import LottaLoraConfig
 TARGETS = {"all linear layers": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
-def saved_bytes(model: nn.Module, batch: torch.Tensor) -> int:
-    """Bytes kept for backward by one forward pass."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+def saved_bytes(model: nn.Module, batch: torch.Tensor, there: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes kept for backward by one forward pass, without parameters, buffers and what else is `there` anyway."""
+    held = (*model.parameters(), *model.buffers(), *there)
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in held}
     storages: dict[int, int] = {}
     alive = []  # the address of a freed storage could come back
 

@@ -78,11 +78,11 @@ def build(kind: str, scale: str, dtype: torch.dtype, on_meta: bool | None = None
     return get_peft_model(base, hf_lottalora.LottaLoraConfig(**{**settings, **options}))
 
 
-def training_step(model: nn.Module, rows: int, tokens: int) -> Callable[[], None]:
-    """A function that makes one step with AdamW on random tokens, below 32,000."""
+def training_step(model: nn.Module, rows: int, tokens: int, vocabulary: int = VOCABULARY) -> Callable[[], None]:
+    """A function that makes one step with AdamW on random tokens."""
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    batch = torch.randint(0, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    batch = torch.randint(0, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
     batch = batch.to(parameters[0].device)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
 
@@ -94,10 +94,10 @@ def training_step(model: nn.Module, rows: int, tokens: int) -> Callable[[], None
     return step
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def memory(field: str) -> int:
@@ -115,14 +115,16 @@ def in_fresh_process(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def paired(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def paired(
+    candidates: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each candidate, one after the other in each repeat, every second time in the other order."""
     for function in candidates.values():
         function()  # what is made once is made now
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats):
         for name in list(candidates)[:: -1 if repeat % 2 else 1]:
-            times[name].append(seconds(candidates[name]))
+            times[name].append(seconds(candidates[name], clock))
     return times
 
 

@@ -17,12 +17,15 @@ from peft.utils import PeftType
 from torch import nn
 
 from .options import (
+    AdapterSource,
+    BasesShared,
     Embeddings,
     Head,
     Magnitude,
     Redraw,
     SaveDtype,
     TrainOrFrozen,
+    check_adapter,
     check_biases,
     check_format,
     check_patterns,
@@ -118,6 +121,37 @@ class LottaLoraConfig(Recorded):
             "help": "What is drawn from the seed. 'all': every backbone matrix, nothing pretrained survives (default). "
             "'targets': the adapted matrices only, noise on a pretrained network (paper section 1, ViT). 'none': "
             "nothing, LoRA with beta."
+        },
+    )
+    lora_alpha: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "B A is scaled by lora_alpha / r. Default: 8 for LoRA, as in PEFT; 20 r for RandLoRA, as PEFT "
+            "documents, so that the factor is 20 (the paper has 2 / sqrt(n), n = ceil(min(d_in, d_out) / r)); r for "
+            "NOLA, a factor of 1."
+        },
+    )
+    adapter: AdapterSource = field(
+        default="lora",
+        metadata={
+            "help": "Where A and B come from: 'lora' trains them. 'randlora' (arXiv 2502.00987) makes an update of "
+            "full rank of random bases of rank r and trains n (r + d) numbers, n = ceil(d / r), d = min(d_in, d_out): "
+            "a larger r trains less. 'nola' (arXiv 2310.02556) combines A and B from random ones and trains "
+            "2 `bases` numbers. Bases are drawn from the adapter seed and never saved."
+        },
+    )
+    bases: int | None = field(
+        default=None, metadata={"help": "NOLA: how many random matrices A and B are combined from (256)."}
+    )
+    basis_family: str | None = field(
+        default=None,
+        metadata={"help": "RandLoRA, NOLA: distribution of the bases ('uniform'); 'binary' is drawn fastest."},
+    )
+    bases_shared: BasesShared | None = field(
+        default=None,
+        metadata={
+            "help": "NOLA: whether all layers whose A (or B) is of one size share its bases ('shape', the default: "
+            "each is drawn once), or each layer has its own ('layer', as in the paper)."
         },
     )
     embeddings: Embeddings = field(
@@ -259,10 +293,12 @@ class LottaLoraConfig(Recorded):
     def __post_init__(self) -> None:
         from_file = getattr(self, "peft_type", None) is not None
         self.trainable_token_indices = self.token_indices
+        self._fill_alpha()
         self._check_types()
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
             if isinstance(value := getattr(self, name), (set, tuple)):  # PEFT knows lists, and makes sets of some
                 setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+        self._fill_bases()
         super().__post_init__()
         self.peft_type = PeftType.LOTTALORA  # type: ignore[attr-defined]
         # Set when the config is used and when its adapter's tensors are collected; read when it is saved.
@@ -305,6 +341,19 @@ class LottaLoraConfig(Recorded):
             self.__dict__["frozen_by_file"] = False
         super().__setattr__(name, value)
 
+    def _fill_alpha(self) -> None:
+        if self.lora_alpha is None:
+            r = self.r if type(self.r) is int else 8  # else it is refused next
+            self.lora_alpha = 20 * r if self.adapter == "randlora" else r if self.adapter == "nola" else 8
+
+    def _fill_bases(self) -> None:
+        """Defaults of what the kind of adapter takes, so that files have them."""
+        defaults: dict[str, Any] = {} if self.adapter == "lora" else {"basis_family": "uniform"}
+        defaults |= {"bases": 256, "bases_shared": "shape"} if self.adapter == "nola" else {}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
     def _check_types(self) -> dict[str, Any]:
         values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
         check_refused(values)
@@ -323,6 +372,7 @@ class LottaLoraConfig(Recorded):
         check_scale(values)
         check_patterns(values)
         check_biases(values)
+        check_adapter(values)
         check_token_indices(self.token_indices)
         check_residency(self.residency, {self.family, *self.family_pattern.values()})
         extras = [name for name in ("layer_norm", "residual") if getattr(self, name)]

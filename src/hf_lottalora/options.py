@@ -23,6 +23,8 @@ TrainOrFrozen = Literal["train", "frozen"]
 Head = Literal["train", "lora", "lora_bias"]
 Magnitude = Literal["outputs", "inputs"]
 SaveDtype = Literal["float16", "bfloat16", "int8"]
+AdapterSource = Literal["lora", "randlora", "nola"]
+BasesShared = Literal["shape", "layer"]
 
 # Options of LoraConfig that read, decompose or rewrite the base weight, or that this version does not carry over a
 # scaffold. Each is refused by name unless it has its default value, and is left out of adapter_config.json.
@@ -76,6 +78,8 @@ TAKES: dict[str, Any] = {
     "exclude_modules": _MODULES,
     "rank_pattern": dict[str, _RANK],
     "lora_alpha": _POSITIVE,
+    "bases": Annotated[int, Only("a positive integer up to 2**20", lambda value: 0 < value <= 1 << 20)] | None,
+    "basis_family": _FAMILY | None,
     "alpha_pattern": dict[str, _POSITIVE],
     "lora_dropout": Annotated[float, Only("a number in [0, 1)", lambda value: 0 <= value < 1)],
     "other_dtypes": dict[str, Annotated[str, Only("the name of a floating dtype of torch", _is_dtype)]] | None,
@@ -221,6 +225,36 @@ def check_biases(values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"bias={values['bias']!r} and biases='train' both say which biases are trained. Drop one of them."
         )
+
+
+def check_adapter(values: Mapping[str, Any]) -> None:
+    """Options of where A and B come from, and what only LoRA has."""
+    source = values["adapter"]
+    of = {"basis_family": ("randlora", "nola"), "bases": ("nola",), "bases_shared": ("nola",)}
+    for name, sources in of.items():
+        if values[name] is not None and source not in sources:
+            raise ValueError(
+                f"{name}={values[name]!r} is for adapter={' or '.join(map(repr, sources))}, and this is "
+                f"adapter={source!r}. Drop one of the two."
+            )
+    if source == "lora":
+        return
+    family = get_family(values["basis_family"])
+    if not family.exact or family.name == "zero":
+        raise ValueError(
+            f"basis_family must be one that is drawn element by element, such as 'uniform' or 'binary', got "
+            f"{family.name!r}."
+        )
+    lora_only = {
+        "init_lora_weights": (values["init_lora_weights"] is not True, "it starts without an update, so that is True"),
+        "embeddings": (values["embeddings"] == "lora", "bases as long as a vocabulary are not worth it"),
+        "use_rslora": (source == "randlora" and values["use_rslora"], "the rank of its update is not r"),
+    }
+    for name, (given, reason) in lora_only.items():
+        if given:
+            raise ValueError(
+                f"{name}={values[name]!r} is for adapter='lora', and this is adapter={source!r}: {reason}."
+            )
 
 
 def check_token_indices(given: Any) -> None:

@@ -20,6 +20,9 @@ _NOT_OPTIONS = {
 }  # fmt: skip
 
 
+_OF_SOURCES = ("adapter", "bases", "basis_family", "bases_shared")  # files of LoRA do without
+
+
 class DefaultTargets(set[str]):
     """What was chosen for a config without `target_modules`, where PEFT wants to see names; it goes on meaning None."""
 
@@ -33,6 +36,7 @@ class Recorded(LoraConfig):
     _plan: Any
     _other_dtypes: dict[str, str]
     _choice_read: Any
+    adapter: str
 
     @property
     def token_indices(self) -> Any:
@@ -41,7 +45,8 @@ class Recorded(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary, without the options of `LoraConfig` that LottaLoRA refuses."""
-        entries = {key: value for key, value in super().to_dict().items() if key not in REFUSED}
+        left_out = {*REFUSED, *(_OF_SOURCES if self.adapter == "lora" else ())}
+        entries = {key: value for key, value in super().to_dict().items() if key not in left_out}
         entries["target_modules"] = listed(entries["target_modules"])
         entries["exclude_modules"] = listed(entries["exclude_modules"])
         entries["trainable_token_indices"] = self.token_indices

@@ -24,6 +24,14 @@ from hf_lottalora import LottaLoraConfig
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+# Kinds of adapters besides LoRA.
+SOURCES: dict[str, dict[str, Any]] = {
+    "randlora": {"adapter": "randlora"},
+    "nola by shape": {"adapter": "nola", "bases": 7},
+    "nola by layer": {"adapter": "nola", "bases": 7, "bases_shared": "layer"},
+}
+
+
 def llama_config(**changes: Any) -> LlamaConfig:
     special = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
     return LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **special, **changes})

@@ -83,6 +83,19 @@ def main() -> None:
         assert other.keys() == trained[0].keys()
         assert all(torch.equal(gradient, trained[0][name]) for name, gradient in other.items())
 
+    # Of adapters whose A and B are made, coefficients alone travel.
+    for made in ({"adapter": "randlora"}, {"adapter": "nola", "bases": 6}):
+        model_too = build(seed=7, embeddings="frozen", **made)
+        parallel = DistributedDataParallel(model_too)
+        for _ in range(2):
+            parallel(input_ids=ids, labels=torch.tensor([rank, 1, 0])).loss.backward()
+        gradients = [p.grad for name, p in model_too.named_parameters() if p.requires_grad and "lora_" in name]
+        assert len(gradients) == 3 * len(model_too.get_plan().adapters)
+        assert all(equal_on_all_ranks(gradient) for gradient in gradients)
+        assert sum(gradient.numel() for gradient in gradients) == model_too.get_plan().adapter_parameters
+        assert not any("lora" in name for name, _ in model_too.named_buffers())
+        del parallel
+
     # Another seed on rank 1 is noticed on every rank, also behind the wrapper.
     other = build(seed=7 + rank)
     for check in (check_ranks_agree, lambda m: RanksAgreeCallback().on_train_begin(None, None, None, model=m)):

@@ -34,6 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {},
     "packed": {"family": "binary", "residency": "packed"},
     "streamed": {"residency": "streamed"},
+    "randlora": {"adapter": "randlora"},
+    "nola": {"adapter": "nola", "bases": 8},
 }
 
 

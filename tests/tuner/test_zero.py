@@ -68,7 +68,7 @@ def test_zero_trains_what_one_process_trains(zero: Found, tmp_path: Path) -> Non
             torch.testing.assert_close(mine[key], theirs[key], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("mode", "name"), zero_worker.RUNS)
+@pytest.mark.parametrize(("mode", "name"), [run for run in zero_worker.RUNS if run[1] not in ("randlora", "nola")])
 def test_a_rank_draws_its_own_runs_and_receives_none(zero: Found, mode: str, name: str) -> None:
     for rank in zero[1]:
         run = rank[f"{mode} {name}"]

@@ -17,6 +17,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..plan.plan import MANIFEST_KEY, PREFIX, Plan
+from ..plan.report import trained_in
 from .card_parts import Parts, split
 from .loaders import loader_of, main_input, pipeline_tag
 from .manifest import read_manifest
@@ -172,12 +173,14 @@ def _figures(plan: Plan, folder: Path) -> dict[str, str]:
     dense = sum(t.survey.numel * t.survey.dtype.itemsize for t in plan.tensors if t.survey.kind != "buffer")
     manifest = _manifest(file)
     figures = {"seed": str(plan.seed), "family": ", ".join(sorted({spec.family for spec in drawn})) or "nothing drawn"}
+    if plan.bases is not None:
+        figures["adapter"] = f"{plan.options['adapter']}, bases {plan.bases.family} from seed {plan.bases.seed}"
     if ranks:
         figures["rank"] = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     return figures | {
         "drawn, frozen parameters": f"{sum(spec.numel for spec in drawn):,}",
         "trained parameters": f"{trained:,}, {trained / max(total, 1):.2%} of {total:,}",
-        "of which A, B and beta": f"{plan.adapter_parameters:,}",
+        f"of which {trained_in(plan.adapters)}": f"{plan.adapter_parameters:,}",
         "size of the weights here": f"{file.stat().st_size:,} bytes; all of the model's are {dense:,} bytes",
         **_stored(plan, manifest.get("stored") or {}),
         "beta": _betas(file),
@@ -211,7 +214,8 @@ def _stored(plan: Plan, stored: Mapping[str, Any]) -> dict[str, str]:
 
 def _betas(file: Path) -> str:
     with safe_open(file, framework="pt") as tensors:
-        betas = [float(tensors.get_tensor(key)) for key in tensors.keys() if key.endswith(".lora_beta")]  # noqa: SIM118
+        held = [tensors.get_tensor(key) for key in tensors.keys() if key.endswith(".lora_beta")]  # noqa: SIM118
+    betas = [beta for tensor in held for beta in tensor.flatten().tolist()]
     if not betas:
         return "none"
     return f"mean {sum(betas) / len(betas):.4g}, from {min(betas):.4g} to {max(betas):.4g}, of {len(betas)} layers"

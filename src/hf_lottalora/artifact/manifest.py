@@ -266,6 +266,12 @@ def check_content(
     Raises:
         ValueError: as `check_state_dict`.
     """
+    theirs, mine = (options.get("adapter", "lora") for options in (content.get("options", {}), plan.options))
+    if theirs != mine:
+        raise ValueError(
+            f"{where} has an adapter of kind {theirs!r}, this model has adapter={mine!r}. Nothing was loaded. Build "
+            f"the model with LottaLoraConfig(adapter={theirs!r}, ...)."
+        )
     check_scaffold(plan, content["seed"], content["scaffold"], content["kept"], where)
     check_shapes(file_shapes(plan, content.get("stored"), where), shapes, where, "Nothing was loaded.")
     if content["residual"] != any(adapter.residual for adapter in plan.adapters):

@@ -105,7 +105,11 @@ def encoded(
     recorded = loss_in(before)
     groups = sorted({shrinkable[key].group for key, form in forms.items() if form})
     loss = {group: losses.of(group, recorded.get(group)) for group in groups}
-    return found, described(save_dtype, forms, {key: table._asdict() for key, table in tables.items()}, loss)
+    stacked = plan.stacked
+    for key, parts in stacked.items():
+        found[key] = torch.stack([found.pop(part) for part in parts])
+    rows_of = {key: table._asdict() for key, table in tables.items()}
+    return found, described(save_dtype, forms, rows_of, loss, stacked)
 
 
 def _shrunk(key: str, x: torch.Tensor, tensor: Shrinkable, form: SaveDtype | None) -> _Shrunk:
@@ -211,6 +215,9 @@ def file_shapes(plan: Plan, stored: Mapping[str, Any] | None, where: str) -> dic
     forms = checked_forms(plan, stored, where)
     scales = [math.prod(shrinkable[key].scales_of(shapes[key])) for key, form in forms.items() if form == "int8"]
     shapes |= {SCALES_KEY: (sum(scales),)} if scales else {}
+    for key, parts in plan.stacked.items():
+        sizes = [shapes.pop(part) for part in parts]
+        shapes[key] = (len(parts), *sizes[0])
     return shapes | ({ROWS_KEY: (sum(table.rows for table in tables.values()),)} if tables else {})
 
 
@@ -225,6 +232,8 @@ def decoded(
     found = {key: value for key, value in tensors.items() if key not in (MANIFEST_KEY, SCALES_KEY, ROWS_KEY)}
     if stored is None:
         return found
+    for key, parts in plan.stacked.items():
+        found |= dict(zip(parts, found.pop(key).unbind(), strict=True))
     shrinkable, at = plan.shrinkable(), 0
     for key, form in checked_forms(plan, stored, where).items():
         if form == "int8":

@@ -65,7 +65,7 @@ def checked_forms(plan: Plan, stored: Mapping[str, Any], where: str) -> dict[str
     Raises:
         ArtifactError: it is damaged, or names what cannot have the form.
     """
-    _check_fields(stored, _STORED, where, "stored")
+    _check_stored(plan, stored, where)
     said, shrinkable = stored["forms"], plan.shrinkable()
     _check_known(said, (name for key in shrinkable for name in names_of(key)), where, "stored.forms")
     forms = {key: form_in(said, key) for key in sorted(shrinkable)}
@@ -84,7 +84,7 @@ def checked_tables(plan: Plan, stored: Mapping[str, Any], where: str) -> dict[st
     Raises:
         ArtifactError: it is damaged, or names what is no table of this size.
     """
-    _check_fields(stored, _STORED, where, "stored")
+    _check_stored(plan, stored, where)
     sizes = {saved_key(t.path): t.survey.shape[0] for t in plan.with_role("trained") if t.survey.kind == "embedding"}
     _check_known(stored["tables"], sizes, where, "stored.tables")
     tables = {}
@@ -111,6 +111,13 @@ def checked_tables(plan: Plan, stored: Mapping[str, Any], where: str) -> dict[st
                     f"found {getattr(table, field)!r}"
                 )
     return tables
+
+
+def _check_stored(plan: Plan, stored: Mapping[str, Any], where: str) -> None:
+    stacked = sorted(plan.stacked)
+    _check_fields(stored, {**_STORED, **({"stacked": list[str]} if stacked else {})}, where, "stored")
+    if stacked != stored.get("stacked", []):
+        raise _refused(f"{where}: stored.stacked: expected {stacked}, found {stored.get('stacked')}")
 
 
 def _check_fields(found: Mapping[str, Any], expected: Mapping[str, Any], where: str, place: str) -> None:

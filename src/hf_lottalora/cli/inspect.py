@@ -20,6 +20,9 @@ from .outcome import Outcome, grouped, table
 
 _BITS = {"BOOL": 8, "BF16": 16}
 
+# Which dimension of these is a rank.
+_RANK_IN = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.lambda": 1}
+
 
 def inspect(path: str, **where: Any) -> Outcome:
     """Read the headers of an artifact.
@@ -47,8 +50,11 @@ def inspect(path: str, **where: Any) -> Outcome:
     stored = content.get("stored")
     ranks: dict[str, int] = {}
     for key, shape in shapes.items():
-        if key.endswith(("lora_A.weight", "lora_embedding_A")):
-            ranks[str(shape[0])] = ranks.get(str(shape[0]), 0) + 1
+        at = next((at for name, at in _RANK_IN.items() if key.endswith(name)), None)
+        if at is not None:
+            ranks[str(shape[at])] = ranks.get(str(shape[at]), 0) + 1
+    if options.get("adapter") == "nola":  # whose files have no tensor with a rank
+        ranks = {str(options["r"]): len(content["scaling"])}
     architecture = content.get("architecture")
     data = {
         "path": str(path),
@@ -58,6 +64,7 @@ def inspect(path: str, **where: Any) -> Outcome:
         "seed": content["seed"],
         "adapter_seed": options.get("adapter_seed"),
         "family": options.get("family", "normal"),
+        "adapter": options.get("adapter", "lora"),
         "family_pattern": options.get("family_pattern") or {},
         "redraw": options.get("redraw", "all"),
         "base_model": config.get("base_model_name_or_path"),
@@ -108,6 +115,7 @@ def _text(data: dict[str, Any], loss: str | None) -> str:
         "seed": str(data["seed"]),
         "adapter seed": data["adapter_seed"] and str(data["adapter_seed"]),
         "family": ", ".join(families),
+        "adapter": data["adapter"] if data["adapter"] != "lora" else None,
         "redraw": data["redraw"],
         "base model": data["base_model"],
         "ranks": ", ".join(f"{rank} ({count} layers)" for rank, count in data["ranks"].items()) or "no A and B",

@@ -42,11 +42,23 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
         finally:
             self._modules["base_layer"] = base
+        if config.adapter != "lora":
+            return
         options = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
         A = kind(base.in_channels, r, base.kernel_size, bias=False, **options)
         self.lora_A[adapter_name] = A.to(self.lora_B[adapter_name].weight.dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def pair_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        base = self.get_base_layer()
+        return (r, *base.weight.shape[1:]), (base.out_channels, r // base.groups, *(1 for _ in base.kernel_size))
+
+    def _pair(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        A, B = super()._pair(adapter_name)
+        if A.dim() == 2:  # RandLoRA's, which knows matrices
+            A, B = A.reshape(-1, *self.pair_shapes(1)[0][1:]), B[(...,) + (None,) * (self.weight.dim() - 2)]
+        return A, B
 
     def _product(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         base = self.get_base_layer()
@@ -100,9 +112,10 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
         )
         y = y.squeeze(0) if unbatched else y
         for name in adapters:
-            A, B = self.lora_A[name], self.lora_B[name]
-            hidden = A._conv_forward(self.lora_dropout[name](x), A.weight.to(x.dtype), None)
-            y = y + B._conv_forward(hidden, B.weight.to(x.dtype), None) * self.scaling[name]
+            A, B = (tensor.to(x.dtype) for tensor in self._pair(name))
+            hidden = base._conv_forward(self.lora_dropout[name](x), A, None)
+            conv = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
+            y = y + conv(hidden, B, groups=base.groups) * self.scaling[name]
         return self._with_magnitude(y, adapters[0], channels=self._channels, bias=self._total_bias(adapters))
 
     @property

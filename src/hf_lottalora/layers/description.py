@@ -35,7 +35,9 @@ def described(layer: Any) -> str:
 def _adapter(layer: Any, name: str) -> list[str]:
     r = "sqrt(r)" if layer.use_rslora[name] else "r"
     fixed = "lora_beta" in layer.frozen_peft_weight_names.get(name, ())
-    parts = [f"r={layer.r[name]}", f"alpha/{r}={layer.scaling[name]:g}", f"beta {'fixed' if fixed else 'trained'}"]
+    source = layer.sources.get(name)
+    parts = [] if source is None else [str(source)]
+    parts += [f"r={layer.r[name]}", f"alpha/{r}={layer.scaling[name]:g}", f"beta {'fixed' if fixed else 'trained'}"]
     if name in layer.lora_magnitude:
         parts.append("DoRA by input" if layer._magnitude_is_per_input(name) else "DoRA")
     parts += ["residual"] if layer.residual[name] and layer._keeps_shape else []

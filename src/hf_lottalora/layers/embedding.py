@@ -24,7 +24,7 @@ class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
     DoRA's magnitude is per column of E ("outputs") or per row ("inputs").
     """
 
-    def _pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def _pair(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
 
     def _adapted(self, x: torch.Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:

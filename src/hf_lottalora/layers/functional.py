@@ -8,6 +8,7 @@ Shape suffixes: N rows of the flattened input, I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.func import functional_call
 
 from ..residency.foreign import is_foreign, values_of
 from ..residency.virtual_operations import few_rows_product
+from .bases import without_values
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
@@ -29,11 +31,19 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """Autocast switched off for the device of `x`, where it has any."""
-    known = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
+    """Autocast switched off for the device of `x`, where it is on."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
+def bound_fast(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same function; torch binds arguments by forward's signature in each call, and would derive it each time."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
+
+
+@bound_fast
 class ScaledLinear(torch.autograd.Function):
     """`beta * x W^T + scaling * (x A^T) B^T + bias`, keeping x at most for backward. `A = B = None` leaves them out."""
 
@@ -62,7 +72,7 @@ class ScaledLinear(torch.autograd.Function):
                 else:
                     y_NO = _times(y_NO, beta)
                 if bias is not None:
-                    y_NO = y_NO + bias.to(dtype) if _transformed() else y_NO.add_(bias)
+                    y_NO = y_NO + bias.to(dtype) if transformed() else y_NO.add_(bias)
         # A view would be refused in place: its base was made here, where autograd does not look.
         return torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], y_NO.shape[-1]))  # type: ignore[no-any-return]
 
@@ -77,40 +87,59 @@ class ScaledLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, beta, A, B = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_beta, need_A, need_B = ctx.needs_input_grad[:6]
-        dx: Any = None
-        dweight = dbias = dbeta = dA = dB = None
-        dtype, scaling = grad.dtype, ctx.scaling
+        needs = ctx.needs_input_grad[:6]
         with without_autocast(grad):
-            x_NI: Any = None if x is None else x.reshape(-1, x.shape[-1])
-            g_NO = grad.reshape(-1, grad.shape[-1])
-            if need_x or need_beta:
-                dx = g_NO @ values_of(_as_OI(weight, ctx.weight_is_IO, dtype), dtype)  # W^T g, before beta
-            if need_beta:
-                exact = torch.promote_types(dtype, torch.float32)
-                dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
-            if A is None or B is None:
-                dx = _times(dx, beta) if need_x else None
-            else:
-                # Products with r rows are up to twice as fast on CPUs as those with r columns.
-                A_rI = A.to(dtype)
-                gB_rN = B.to(dtype).t() @ g_NO.t()
-                if need_x:
-                    dx = _times_plus(dx, beta, gB_rN.t(), A_rI, scaling)
-                if need_A:
-                    dA = (scaling * (gB_rN @ x_NI)).to(A.dtype)
-                if need_B:
-                    dB_rO = scaling * ((A_rI @ x_NI.t()) @ g_NO)
-                    dB = dB_rO.t().to(B.dtype).contiguous()
-            if need_weight:
-                dweight = (g_NO.t() @ x_NI * beta).to(weight.dtype)
-                dweight = dweight.t() if ctx.weight_is_IO else dweight
-            if need_bias:
-                dbias = g_NO.sum(0).to(ctx.bias_dtype)
-            dx = dx.view(*grad.shape[:-1], dx.shape[-1]) if need_x else None
-        return dx, dweight, dbias, dbeta, dA, dB, None, None
+            found = gradients(needs, grad, x, weight, beta, A, B, ctx.scaling, ctx.weight_is_IO, ctx.bias_dtype)
+        return *found, None, None
 
 
+def gradients(
+    needs: tuple[bool, ...],
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    beta: torch.Tensor,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    scaling: float,
+    weight_is_IO: bool,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Of x, weight, bias, beta, A and B of `ScaledLinear`, those that are needed; `grad` is the output's."""
+    need_x, need_weight, need_bias, need_beta, need_A, need_B = needs
+    dx: Any = None
+    dweight = dbias = dbeta = dA = dB = None
+    dtype = grad.dtype
+    x_NI: Any = None if x is None else x.reshape(-1, x.shape[-1])
+    g_NO = grad.reshape(-1, grad.shape[-1])
+    if need_x or need_beta:
+        dx = g_NO @ values_OI(weight, weight_is_IO, dtype)  # W^T g, before beta
+    if need_beta:
+        exact = torch.promote_types(dtype, torch.float32)
+        dbeta = (dx * x_NI).sum(dtype=exact).to(beta.dtype).reshape(1)
+    if A is None or B is None:
+        dx = _times(dx, beta) if need_x else None
+    else:
+        # Products with r rows are up to twice as fast on CPUs as those with r columns.
+        A_rI = A.to(dtype)
+        gB_rN = B.to(dtype).t() @ g_NO.t()
+        if need_x:
+            dx = _times_plus(dx, beta, gB_rN.t(), A_rI, scaling)
+        if need_A:
+            dA = (scaling * (gB_rN @ x_NI)).to(A.dtype)
+        if need_B:
+            dB_rO = scaling * ((A_rI @ x_NI.t()) @ g_NO)
+            dB = dB_rO.t().to(B.dtype).contiguous()
+    if need_weight:
+        dweight = (g_NO.t() @ x_NI * beta).to(weight.dtype)
+        dweight = dweight.t() if weight_is_IO else dweight
+    if need_bias:
+        dbias = g_NO.sum(0).to(bias_dtype)
+    dx = dx.view(*grad.shape[:-1], dx.shape[-1]) if need_x else None
+    return dx, dweight, dbias, dbeta, dA, dB
+
+
+@bound_fast
 class ScaledEmbedding(torch.autograd.Function):
     """`beta * E(ids)` without keeping E(ids), which is looked up again for beta's gradient. `weight` is embed's."""
 
@@ -134,6 +163,7 @@ class ScaledEmbedding(torch.autograd.Function):
         return dbeta.to(beta.dtype).reshape(1), None, None, None
 
 
+@bound_fast
 class ScaledConv(torch.autograd.Function):
     """`beta * conv(x, W)` for x `(N, I, ...)`, keeping only x: d beta = <g, conv(x, W)> = <conv^T(g, W), x>."""
 
@@ -187,20 +217,20 @@ class ScaledConv(torch.autograd.Function):
         return dx, dweight, dbeta, None, None, None, None
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether values must not be overwritten: autograd records a second derivative, or `torch.func` transforms."""
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _times(y: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    return y * beta.to(y.dtype) if _transformed() else y.mul_(beta)
+    return y * beta.to(y.dtype) if transformed() else y.mul_(beta)
 
 
 def _times_plus(
     y: torch.Tensor, beta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """`beta * y + scaling * left @ right`, in y's memory where that is allowed."""
-    if _transformed():
+    if transformed():
         return _times(y, beta) + scaling * (left @ right)
     if type(y) is torch.Tensor and y.device.type == "cpu" and not torch.compiler.is_compiling():
         # One pass over y. Elsewhere reading beta would wait for the device, or break the graph.
@@ -208,9 +238,25 @@ def _times_plus(
     return y.mul_(beta).addmm_(left, right, alpha=scaling)
 
 
+def scaled_plus(
+    W_OI: torch.Tensor, beta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """`beta * W + scaling * left @ right`, in new memory."""
+    if transformed():
+        return W_OI * beta.to(W_OI.dtype) + scaling * (left @ right)
+    if W_OI.device.type == "cpu" and not torch.compiler.is_compiling() and not without_values(beta):
+        return torch.addmm(W_OI, left, right, beta=beta.item(), alpha=scaling)  # one pass
+    return (W_OI * beta.to(W_OI.dtype)).addmm_(left, right, alpha=scaling)
+
+
 def _as_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
     weight = _cast(weight, dtype)
     return weight.t() if weight_is_IO else weight
+
+
+def values_OI(weight: torch.Tensor, weight_is_IO: bool, dtype: torch.dtype) -> torch.Tensor:
+    """The weight `(O, I)` in a dtype to multiply in, dequantised."""
+    return values_of(_as_OI(weight, weight_is_IO, dtype), dtype)
 
 
 def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from ..config import LottaLoraConfig
 from ..residency.foreign import in_memory
 from ..scaffold.tensor import ScaffoldTensor
 from .adapter_tensor import DECAYED, UNDECAYED, AdapterTensor
+from .coefficients import Coefficients, coefficient_shapes
 from .description import described
 from .functional import without_autocast
 from .magnitude import MagnitudeLayer
 from .merging import MergingLayer
 from .mixed import RowAdapters
+from .sources import Source, start_of_A
 from .switches import Switches
 
 
@@ -35,10 +38,11 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
 
     own_tensors = ("lora_beta", "lora_magnitude", "lora_norm_weight", "lora_norm_bias")
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, *own_tensors)
-    other_param_names = (*lora.LoraLayer.other_param_names, "residual")
+    other_param_names = (*lora.LoraLayer.other_param_names, "residual", "sources")
     lora_beta: dict[str, AdapterTensor]  # each of them a ModuleDict
     lora_norm_weight: dict[str, AdapterTensor]
     lora_norm_bias: dict[str, AdapterTensor]
+    sources: dict[str, Source]  # of adapters whose A and B are not trained themselves
     _active_adapter: str | list[str]
 
     # Whether the base layer computes its output by code of its own, which the adapter goes around.
@@ -56,6 +60,7 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
                 self.register_module(kind, nn.ModuleDict())
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             self.residual: dict[str, bool] = {}
+            self.sources = {}
             self._made: set[str] = set()
         self._made.discard(adapter_name)
         decayed: bool = config.decay_beta
@@ -70,7 +75,23 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
             self.lora_norm_weight[adapter_name] = AdapterTensor(torch.ones(self.out_features), decayed)
             self.lora_norm_bias[adapter_name] = AdapterTensor(torch.zeros(self.out_features), decayed)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if config.adapter != "lora":
+            self._hold_coefficients(adapter_name, config)
         self._made.add(adapter_name)
+
+    def _hold_coefficients(self, adapter_name: str, config: LottaLoraConfig) -> None:
+        """Put what is trained in the places of A and B."""
+        r = self.r[adapter_name]
+        A, B = self.pair_shapes(r)
+        of_A, of_B = coefficient_shapes(config.adapter, r, math.prod(A[1:]), B[0], config.bases or 0)
+        bias = self.lora_B[adapter_name].bias
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = Coefficients(*of_A), Coefficients(*of_B, bias)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def pair_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of LoRA's A and B here."""
+        return (r, self.in_features), (self.out_features, r)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's leaves the dtype of what is on the meta device, and rounds to the base layer's dtype what
@@ -144,24 +165,22 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Nothing: the tuner draws A and B from the stream, by name (`init_adapter`)."""
 
-    def _pair(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A and B as `(r, in)` and `(out, r)`."""
-        return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+    def _pair(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as `(r, in)` and `(out, r)`; of RandLoRA with as many directions as it has."""
+        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        source = self.sources.get(adapter_name)
+        return (A.weight, B.weight) if source is None else source.pair(A, B)
 
     def init_adapter(self, adapter_name: str, path: str, seed: int, zero_B: bool) -> None:
-        """Draw A (Kaiming uniform, a = sqrt(5): U(-1/sqrt(fan_in), 1/sqrt(fan_in))) and B (zero, or likewise).
+        """Draw A (Kaiming uniform, see `start_of_A`) and B (zero, or likewise), or start what makes them.
 
         An embedding's A multiplies one-hot rows: as in PEFT it is the zero one, and its B is normal.
         """
-        for role, tensor in zip("AB", self._pair(adapter_name), strict=True):
-            embedding = isinstance(self.get_base_layer(), nn.Embedding)
-            if zero_B and role == ("A" if embedding else "B"):
-                nn.init.zeros_(tensor)
-                continue
-            family, scale = ("normal", 1.0) if embedding else ("uniform", 1 / math.sqrt(3 * tensor[0].numel()))
-            spec = ScaffoldTensor(f"{path}.lora_{role}.weight", tuple(tensor.shape), seed, family, scale)
-            with torch.no_grad():
-                tensor.copy_(spec.draw(tensor.dtype, tensor.device))
+        source = self.sources.get(adapter_name)
+        if source is not None:
+            source.start(self.lora_A[adapter_name], self.lora_B[adapter_name])
+        else:
+            self._draw_pair(adapter_name, path, seed, zero_B)
         if self.lora_bias[adapter_name]:  # as torch's, U(-1/sqrt(r), 1/sqrt(r)), unless B is zero
             bias, scale = self.lora_B[adapter_name].bias, 1 / math.sqrt(3 * self.r[adapter_name])
             spec = ScaffoldTensor(f"{path}.lora_B.bias", tuple(bias.shape), seed, "uniform", scale)
@@ -169,6 +188,18 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
         if adapter_name in self.lora_magnitude:
             with in_memory(self):
                 self.lora_magnitude[adapter_name].value.data.copy_(self._norms(adapter_name))
+
+    @torch.no_grad()
+    def _draw_pair(self, adapter_name: str, path: str, seed: int, zero_B: bool) -> None:
+        embedding = isinstance(self.get_base_layer(), nn.Embedding)
+        for role, tensor in zip("AB", self._pair(adapter_name), strict=True):
+            if zero_B and role == ("A" if embedding else "B"):
+                nn.init.zeros_(tensor)
+                continue
+            spec = start_of_A(path, tuple(tensor.shape), seed)
+            if embedding:
+                spec = replace(spec, family="normal", scale=1.0)
+            tensor.copy_(replace(spec, name=f"{path}.lora_{role}.weight").draw(tensor.dtype, tensor.device))
 
     def _has(self, adapter_name: str) -> bool:
         return adapter_name in self.lora_beta

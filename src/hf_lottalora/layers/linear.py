@@ -25,7 +25,6 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
         # Dropout acts on the adapter's input alone, so such an adapter takes its own way, as in PEFT.
         dropped = [name for name in adapters if self.training and not isinstance(self.lora_dropout[name], nn.Identity)]
         fused = [name for name in adapters if name not in dropped]
-        A, B, scaling = self._joined(fused)
         beta = self._total_beta(adapters)
         # DoRA's factor per output is for what comes before the bias.
         total_bias = self._total_bias(adapters)
@@ -35,6 +34,7 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
         if self.own_forward:
             # f(beta x) is beta f(x), bias aside. It keeps x, as A does; beta f(x) would keep f(x).
             y = base((x_adapted * beta).to(x.dtype), *args, **kwargs)
+            A, B, scaling = self._joined(fused)
             if A is not None and B is not None:
                 y = y + F.linear(F.linear(x_adapted, A.to(x.dtype)), B.to(x.dtype)) * scaling
             if late_bias is not None:
@@ -42,11 +42,23 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
             elif bias is not None and bias is not base.bias:
                 y = y + (bias if base.bias is None else bias - base.bias)
         else:
-            y = ScaledLinear.apply(x_adapted, base.weight, bias, beta, A, B, scaling, self._weight_is_IO)
+            y = self._fused(x_adapted, bias, beta, fused)
         for name in dropped:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
             y = y + F.linear(F.linear(self.lora_dropout[name](x_adapted), A), B) * self.scaling[name]
         return self._finished(self._with_magnitude(y, adapters[0], bias=late_bias), x, adapters)
+
+    def _fused(
+        self, x: torch.Tensor, bias: torch.Tensor | None, beta: torch.Tensor, adapters: list[str]
+    ) -> torch.Tensor:
+        weight, name = self.get_base_layer().weight, adapters[0] if len(adapters) == 1 else None
+        y: torch.Tensor
+        if name in self.sources:
+            A, B, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
+            y = self.sources[name].linear(A, B, x, weight, bias, beta, scaling, self._weight_is_IO)
+        else:
+            y = ScaledLinear.apply(x, weight, bias, beta, *self._joined(adapters), self._weight_is_IO)
+        return y
 
     def _joined(self, adapters: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
         if not adapters:
@@ -82,5 +94,7 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
     def _is_plain(self, name: str) -> bool:
         """Whether an adapter adds `scaling * B A x` to the scaled product, and nothing else happens to it."""
         return not (
-            self.residual[name] or self.lora_bias[name] or name in {*self.lora_magnitude, *self.lora_norm_weight}
+            self.residual[name]
+            or self.lora_bias[name]
+            or name in {*self.sources, *self.lora_magnitude, *self.lora_norm_weight}
         )

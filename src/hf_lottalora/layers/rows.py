@@ -28,7 +28,7 @@ class TrainedRows(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
         lora.LoraLayer.__init__(self, base_layer)
         for kind in self.own_tensors:  # of which there are none
             self.register_module(kind, nn.ModuleDict())
-        self.frozen_peft_weight_names, self.residual, self._made = {}, {}, set()
+        self.frozen_peft_weight_names, self.residual, self.sources, self._made = {}, {}, {}, set()
         self.lora_rows = nn.ParameterDict()
         self.ids: dict[str, torch.Tensor] = {}
         self._active_adapter = adapter_name

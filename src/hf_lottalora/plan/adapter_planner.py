@@ -218,6 +218,12 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
             f"{module.path!r} is a convolution with groups={module.groups}: its rank must be a multiple of that, got "
             f"r={rank}. Pass rank_pattern for it, or leave it out of target_modules."
         )
+    if config.adapter != "lora" and (module.kind == "embedding" or (module.groups > 1 and config.adapter != "nola")):
+        what = "an embedding" if module.kind == "embedding" else f"a convolution with groups={module.groups}"
+        raise ValueError(
+            f"adapter={config.adapter!r} is not supported on {what}, and {module.path!r} is one. Leave it out of "
+            "target_modules, or use adapter='lora'."
+        )
     if module.kind == "conv" and module.own_forward and (config.residual or config.lora_dropout):
         raise ValueError(
             f"{'residual' if config.residual else 'lora_dropout'} is not supported on convolutions with a forward of "
@@ -244,7 +250,16 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
     kind = cast(AdapterKind, module.kind)
     beta: bool = by_pattern(config, "train_beta_pattern", module.path, config.train_beta)
     options = (beta, dora, config.layer_norm, config.residual)
-    adapter = PlannedAdapter(module.path, kind, *sizes, *options, own_forward=module.own_forward, bias=config.lora_bias)
+    adapter = PlannedAdapter(
+        module.path,
+        kind,
+        *sizes,
+        *options,
+        own_forward=module.own_forward,
+        bias=config.lora_bias,
+        source=config.adapter,
+        bases=config.bases or 0,
+    )
     largest = max(map(math.prod, adapter.shapes.values()))
     if largest > _LARGEST:
         option = "rank_pattern" if rank != config.r else "r"

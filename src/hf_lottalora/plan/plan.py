@@ -9,13 +9,24 @@ from typing import Any, Literal
 
 import torch
 
-from ..options import Magnitude, SaveDtype
+from ..layers.coefficients import coefficient_shapes
+from ..options import AdapterSource, Magnitude, SaveDtype
 from ..scaffold.draw import FORMAT_VERSION, GENERATOR
 from ..scaffold.tensor import ScaffoldTensor, combined_digest
 from .canonical import canonical_json, describe, digest_of
 from .left_out import LeftOut
 from .report import Reported, name_of
-from .storage import FORMS, SCALES_KEY, Shrinkable, described, file_bytes, of_adapter, of_trained
+from .storage import (
+    FORMS,
+    SCALES_KEY,
+    STACKED,
+    STACKED_KEY,
+    Shrinkable,
+    described,
+    file_bytes,
+    of_adapter,
+    of_trained,
+)
 from .survey import Survey, SurveyedTensor
 
 MANIFEST_KEY = "lottalora_manifest"
@@ -65,7 +76,8 @@ class PlannedAdapter:
 
     For one of several matrices of a module, `matrix` is its path there, and the adapter's own lies below the module's.
     With `own_forward` they go around the code of a subclass, see `plan.probe`. Of kind "rows" it is `rows` of an
-    embedding, so many as its r, which are trained as they are.
+    embedding, so many as its r, which are trained as they are. With another `source` than LoRA its A and B are made of
+    what is trained; NOLA combines so many `bases`.
     """
 
     path: str
@@ -84,6 +96,8 @@ class PlannedAdapter:
     bias: bool = False
     matrix: str = ""
     rows: tuple[int, ...] = ()
+    source: AdapterSource = "lora"
+    bases: int = 0
 
     @property
     def module(self) -> str:
@@ -107,6 +121,9 @@ class PlannedAdapter:
         if self.kind in ("linear", "conv", "projection"):
             A, B = (r, d_in // self.groups, *self.kernel), (d_out, r // self.groups, *(1 for _ in self.kernel))
             shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": A, "lora_B.weight": B, "lora_beta": (1,)}
+            if self.source != "lora":
+                of_A, of_B = coefficient_shapes(self.source, r, math.prod(A[1:]), d_out, self.bases)
+                shapes = {f"lora_A.{of_A[0]}": of_A[1], f"lora_B.{of_B[0]}": of_B[1], "lora_beta": (1,)}
             magnitude = {"outputs": (d_out,), "inputs": (self.groups, *A[1:])}
             shapes.update({"lora_magnitude": magnitude[self.dora]} if self.dora else {})
             shapes.update({"lora_B.bias": (d_out,)} if self.bias else {})
@@ -140,7 +157,8 @@ class Plan(Reported):
         left_out: what the rule would have taken, and why it has not.
         options: the config's decisive ones, when it was planned.
         save_dtype: the config's, of which `artifact_bytes` depends.
-        digests: filled once, by `scaffold_digests`.
+        bases: a part of what A and B are made of, None where they are trained: it stands for all.
+        digests: filled by `scaffold_digests`.
         kept_digests: of runs of each tensor that is neither drawn nor saved, by canonical name.
         kept_bytes: of every byte of theirs, summed up; filled when an artifact is first written.
     """
@@ -154,6 +172,7 @@ class Plan(Reported):
     left_out: tuple[LeftOut, ...] = ()
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     save_dtype: SaveDtype | None = None
+    bases: ScaffoldTensor | None = None
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_digests: dict[str, str] = field(default_factory=dict, repr=False)
     kept_bytes: dict[str, str] = field(default_factory=dict, repr=False)
@@ -201,9 +220,10 @@ class Plan(Reported):
         return base + sum(adapter.numel for adapter in self.adapters)
 
     def scaffold_digests(self) -> dict[str, str]:
-        """Digest of each scaffold tensor by canonical name."""
-        if not self.digests:
-            self.digests.update({spec.name: spec.digest() for spec in self.scaffold.values()})
+        """Digest of each scaffold tensor by canonical name, and of the bases of adapters, if there are any."""
+        for spec in (*self.scaffold.values(), *([self.bases] if self.bases else ())):
+            if spec.name not in self.digests:
+                self.digests[spec.name] = spec.digest()
         return self.digests
 
     def recorded_digests(self) -> dict[str, dict[str, str]]:
@@ -240,6 +260,19 @@ class Plan(Reported):
             for tensor in self.with_role("trained")
             if tensor.survey.kind == "embedding" and isinstance(tensor.start, ScaffoldTensor) and tensor.start.exact
         }
+
+    @property
+    def stacked(self) -> dict[str, list[str]]:
+        """What lies in a file as one tensor `(layers, ...)`, by its key there: the keys of its parts, in order.
+
+        Of adapters whose tensors are so small that their entries in the header would be a large part of the file.
+        """
+        parts: dict[str, list[str]] = {}
+        for adapter in self.adapters:
+            for name in adapter.shapes if adapter.source != "lora" else ():
+                if name in STACKED:
+                    parts.setdefault(f"{STACKED_KEY}.{name}", []).append(saved_key(f"{adapter.path}.{name}"))
+        return {key: sorted(keys) for key, keys in parts.items()}
 
     def trained_rows(self) -> dict[str, list[int]]:
         """The ids of the rows that are trained, by the path of their embedding."""
@@ -307,12 +340,15 @@ class Plan(Reported):
         forms = {key: tensor.form(dtypes[key], self.save_dtype) for key, tensor in shrinkable.items()}
         dtypes |= {key: FORMS[form] for key, form in forms.items() if form}
         entries = {key: (dtypes[key], shape) for key, shape in self.saved_shapes().items()}
+        for key, parts in self.stacked.items():
+            each = [entries.pop(part) for part in parts]
+            entries[key] = (each[0][0], (len(parts), *each[0][1]))
         scales = sum(math.prod(shrinkable[key].scales or ()) for key, form in forms.items() if form == "int8")
         if scales:
             entries[SCALES_KEY] = (torch.bfloat16, (scales,))
         options = {**self.options, **self.recorded_options(), "other_dtypes": {}}
         digests = {"digest": "0" * 64, "each": "0" * 8 * len(entries)}
         loss = {shrinkable[key].group: (0.00123, 0.00123) for key, form in forms.items() if form}
-        stored = described(self.save_dtype, forms, {}, loss)
+        stored = described(self.save_dtype, forms, {}, loss, self.stacked)
         manifest = self.manifest(options, torch.float32, digests, stored)
         return file_bytes({**entries, MANIFEST_KEY: (torch.uint8, tuple(manifest.shape))})

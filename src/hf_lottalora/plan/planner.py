@@ -78,7 +78,12 @@ def plan_from_survey(survey: Survey, config: LottaLoraConfig, again: bool = Fals
     tensors = tuple(_with_norm_of_direction(tensor, planned) for tensor in planned)
     seed, paths, options = int(config.seed or 0), tuple(sorted(targets.paths)), config.decisive_options()
     left_out, save_dtype = targets.left_out, config.save_dtype
-    plan = Plan(survey, tensors, tuple(adapters), seed, paths, targets.rule, left_out, options, save_dtype)
+    bases = None
+    if config.adapter != "lora":
+        assert config.basis_family is not None
+        name = f"{config.adapter}.bases"
+        bases = ScaffoldTensor(name, (1 << 20, 1 << 20), config.effective_adapter_seed, config.basis_family)
+    plan = Plan(survey, tensors, tuple(adapters), seed, paths, targets.rule, left_out, options, save_dtype, bases)
     _check_patterns(plan, config)
     if not again:
         check_choice(survey, config, targets)

@@ -120,7 +120,8 @@ class Reported:
             add(tensor.role, tensor.path, tensor.survey.numel, tensor.survey.numel * tensor.survey.dtype.itemsize)
         for adapter in self.adapters:
             if adapter.shapes:
-                label = f"{adapter.path} ({'rows' if adapter.rows else 'A, B, beta'})"
+                what = "rows" if adapter.rows else _TRAINED[adapter.source]
+                label = f"{adapter.path} ({what})"
                 add("adapter", label, adapter.numel, adapter.numel * self.adapter_dtype().itemsize)
         share = self.trainable_parameters / self.total_parameters
         around = [adapter.path for adapter in self.adapters if adapter.own_forward]
@@ -130,7 +131,7 @@ class Reported:
             [(*key, *row) for key, row in sorted(rows.items(), key=lambda row: row[0][0])],  # type: ignore[misc]
             [
                 f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}), of "
-                f"which A, B and beta {self.adapter_parameters:,}",
+                f"which {trained_in(self.adapters)} {self.adapter_parameters:,}",
                 f"adapters  on {len(self.targets)} layers ({self.rule})" + self._beside_targets(),
                 *(f"left out  {left}{left.option and f' ({left.option})'}" for left in self.left_out),
                 *(
@@ -156,6 +157,13 @@ _ADAPTER_OPTIONS = (
     "path", "kind", "r", "scaling", "in_features", "out_features", "groups", "train_beta", "dora", "layer_norm",
     "residual", "own_forward", "bias",
 )  # fmt: skip
+_TRAINED = {"lora": "A, B, beta", "randlora": "gamma, lambda, beta", "nola": "coefficients, beta"}
+
+
+def trained_in(adapters: Any) -> str:
+    """What these adapters train in their layers, in words."""
+    *first, last = _TRAINED[adapters[0].source].split(", ")
+    return f"{', '.join(first)} and {last}"
 
 
 def name_of(dtype: torch.dtype | None) -> str | None:

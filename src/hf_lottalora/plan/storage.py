@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from .survey import SurveyedTensor
 # `(n,)`, tensor after tensor in the order of their keys. One entry each would be longer than what is in it.
 SCALES_KEY, ROWS_KEY = "lottalora_scales", "lottalora_rows"
 
+# Likewise of each of these one tensor with those of all layers, where A and B are not trained themselves.
+STACKED_KEY, STACKED = "lottalora_stacked", ("lora_beta", "lora_A.coefficients", "lora_B.coefficients")
+
 FORMS: dict[SaveDtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 _SMALLEST = 16  # elements; betas above all. Less than the entry in the header has bytes
@@ -30,6 +33,10 @@ _SMALLEST = 16  # elements; betas above all. Less than the entry in the header h
 _OF_ADAPTERS: dict[str, tuple[str, int | None]] = {
     "lora_A.weight": ("A and B", 0),
     "lora_B.weight": ("A and B", 1),
+    "lora_A.gamma": ("coefficients", 0),
+    "lora_B.lambda": ("coefficients", 0),
+    "lora_A.coefficients": ("coefficients", None),
+    "lora_B.coefficients": ("coefficients", None),
     "lora_embedding_A": ("A and B", 0),
     "lora_embedding_B": ("A and B", 1),
     "lora_rows": ("embeddings", 0),
@@ -111,6 +118,7 @@ def described(
     forms: Mapping[str, SaveDtype | None],
     tables: Mapping[str, Mapping[str, Any]],
     loss: Mapping[str, tuple[float, float]],
+    stacked: Iterable[str] = (),
 ) -> dict[str, Any] | None:
     """What the manifest says of the forms, None where every tensor is as it is.
 
@@ -120,6 +128,7 @@ def described(
             numbers of layers.
         tables: those of which some rows are stored, by key: how many, and how the others are drawn.
         loss: by group, relative and largest error.
+        stacked: keys of those in which layers are stacked.
     """
     alike: dict[str, dict[str, SaveDtype | None]] = {}
     for key, form in forms.items():
@@ -128,9 +137,11 @@ def described(
     for pattern, each in alike.items():
         first, *others = set(each.values())
         said |= {key: form for key, form in (each if others else {pattern: first}).items() if form}
-    if not said and not tables:
+    stacked = sorted(stacked)
+    if not said and not tables and not stacked:
         return None
     return {
+        **({"stacked": stacked} if stacked else {}),
         "dtype": dtype if said else None,
         "forms": said,
         "tables": {key: dict(table) for key, table in tables.items()},

@@ -144,6 +144,8 @@ def _not_plain(adapter: PlannedAdapter, module: Any) -> str | None:
         return "it shares the adapter of the embedding that it is tied to, which PEFT's does not"
     if adapter.kind == "projection":
         return "its adapters are those of single matrices of an nn.MultiheadAttention"
+    if adapter.source == "randlora":
+        return "its update is RandLoRA's, of full rank"
     for option in ("dora", "residual", "layer_norm"):
         if getattr(adapter, option):
             return f"it has {'use_dora' if option == 'dora' else option}"

@@ -192,7 +192,8 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
             self.trained.check_addable(model, plan)
             check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
             if plan.scaffold == self.first_plan.scaffold:
-                plan = replace(plan, digests=self.first_plan.scaffold_digests())
+                known = self.first_plan.scaffold_digests()
+                plan = replace(plan, digests={spec.name: known[spec.name] for spec in plan.scaffold.values()})
         _check_rows(adapter_name, plan, model)
         if partitioned is not None:
             partitioned.settle(model, plan, config.use_dora)

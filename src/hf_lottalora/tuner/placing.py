@@ -19,6 +19,7 @@ from ..layers.conv import ScaffoldConv
 from ..layers.embedding import ScaffoldEmbedding, TiedHead
 from ..layers.linear import ScaffoldLinear
 from ..layers.rows import TrainedRows
+from ..layers.sources import Sources
 from ..layers.switches import Switches
 from ..paths import clean_modules
 from ..plan.plan import Plan
@@ -104,6 +105,7 @@ class Placing:
         self, model: nn.Module, adapter_name: str, plan: Plan, config: LottaLoraConfig, start: bool
     ) -> None:
         names = {tensor.path: tensor.name for tensor in plan.tensors}
+        sources = Sources(config)
         for adapter in plan.adapters:
             layer: Any = model.get_submodule(adapter.path)
             if adapter.kind == "tied_head":
@@ -116,6 +118,9 @@ class Placing:
             layer.own_forward = adapter.own_forward
             if not adapter.train_beta:
                 layer.freeze_beta(adapter_name)
+            path = names[adapter.weight].removesuffix("weight")[:-1]
+            if adapter.source != "lora":
+                shapes, held = layer.pair_shapes(adapter.r), (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+                layer.sources[adapter_name] = sources.of(path, adapter.r, shapes, held)
             if start:
-                path = names[adapter.weight].removesuffix("weight")[:-1]
                 layer.init_adapter(adapter_name, path, config.effective_adapter_seed, bool(config.init_lora_weights))
