@@ -128,6 +128,7 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/perf/many.py
 	$(PY) benchmarks/perf/scales.py
 	$(PY) benchmarks/perf/sharing.py
+	$(PY) benchmarks/perf/sources.py
 	$(PY) benchmarks/scale/clm_900m.py
 	$(PY) benchmarks/scale/engines.py
 	$(PY) benchmarks/scale/engines.py --scale 900M --parts engines --engines FSDP2 --repeats 0 --methods "PEFT LoRA, efficient loading" dense "packed, 1 bit, trained embeddings"

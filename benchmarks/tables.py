@@ -143,9 +143,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "saved dtypes": lambda: saved_dtypes.table(read_json(saved_dtypes.RESULTS)["runs"]),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
-    **{script: _performance(script) for script in ("conv", "decode", "export", "large", "many", "scales", "step")},
-    "engines, bytes": _scale("engines", "2 processes", "engine", "method", *(f"{kind} MB{at}" for kind, at in _SENT)),
-    "engines, memory": _scale("engines", "2 processes", "engine", "method", *_TAKEN),
+    **{
+        script: _performance(script)
+        for script in ("conv", "decode", "export", "large", "many", "scales", "sources", "step")
+    },
+    "engines, bytes": _scale("engines", " processes", "engine", "method", *(f"{kind} MB{at}" for kind, at in _SENT)),
+    "engines, memory": _scale("engines", " processes", "engine", "method", *_TAKEN),
     "engines, steps": _scale("engines", "a step under DDP"),
     "engines, losses": _scale("engines", "losses of"),
     "model of scale": _scale("model", ", ", GPUs=(8, 1024)),

@@ -47,6 +47,7 @@ PERFORMANCE = {
     "large.py": ["--layers", "1", "--tokens", "8"],
     "sharing.py": ["--scale", "3M", "--repeats", "1"],
     "export.py": ["--scale", "3M"],
+    "sources.py": ["--sizes", "1x8", "--repeats", "1", "--parts", "steps", "files"],
 }
 SCALE = {
     "clm_900m.py": ["--scale", "3M", "--steps", "2", "--residencies", "dense", "streamed"],

@@ -1,8 +1,8 @@
 """RandLoRA and NOLA: seconds of a step, bytes kept for backward, and files, beside PEFT's LoRA and RandLoRA.
 
 A Llama of 4 layers, 256 wide, MLP 704, vocabulary 1,000 tied, adapters on all 28 linear layers, float32, AdamW. One
-thread; the seconds are of its CPU time, in pairs, as medians of ratios. All backbones are kept as they are. PEFT's
-RandLoRA has alpha / r = 640 / r; the factor makes no difference to the time.
+thread; the seconds are of its CPU time, in pairs, as medians of ratios; memory is the peak RSS of building and three
+steps, in fresh processes. All backbones are kept as they are.
 
     python benchmarks/perf/sources.py
 """
@@ -10,16 +10,18 @@ RandLoRA has alpha / r = 640 / r; the factor makes no difference to the time.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from backward_bytes import saved_bytes
 from peft import LoraConfig, RandLoraConfig, get_peft_model
-from shared import RESULTS, paired, ratio, record, training_step
+from shared import RESULTS, in_fresh_process, memory, paired, ratio, record, training_step
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,6 +42,7 @@ OURS: dict[str, dict[str, Any]] = {
     "NOLA, k = 256, per layer, 1 bit": {**NOLA, "bases_shared": "layer", "basis_family": "binary"},
     "NOLA, k = 1,024, shared": {**NOLA, "bases": 1_024},
 }
+CLOCK = time.process_time
 PEERS = ("PEFT LoRA, r = 8", "PEFT RandLoRA, r = 8", "PEFT RandLoRA, r = 32")
 FROZEN: dict[str, Any] = {
     "seed": 42, "redraw": "none", "embeddings": "frozen", "norms": "frozen", "task_type": "CAUSAL_LM",
@@ -93,6 +96,7 @@ def steps(args: argparse.Namespace, rows: int, tokens: int) -> None:
         time.process_time,
     )
     batch = torch.randint(0, 1_000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    evaluating = paired({name: partial(evaluate, model, batch) for name, model in models.items()}, args.repeats, CLOCK)
     kept = {}
     for name, model in models.items():
         model.enable_input_require_grads()
@@ -104,10 +108,35 @@ def steps(args: argparse.Namespace, rows: int, tokens: int) -> None:
         row["milliseconds"] = 1e3 * statistics.median(times[name])
         row["step / PEFT LoRA"] = ratio(times, name, PEERS[0])
         row["step / PEFT RandLoRA"] = ratio(times, name, peer) if peer else ""
+        row["evaluation / PEFT LoRA"] = ratio(evaluating, name, PEERS[0])
         row["kept / PEFT LoRA"] = kept[name] / kept[PEERS[0]]
         row["kept / PEFT RandLoRA"] = kept[name] / kept[peer] if peer else ""
         table.append(row)
     record(args.output, f"{rows} x {tokens} tokens", table, repeats=args.repeats)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batch: torch.Tensor) -> None:
+    model(input_ids=batch, labels=batch)
+
+
+def peak(name: str) -> float:
+    """MiB that building and three steps of 4 x 128 tokens have added, in this process."""
+    before = memory("VmRSS")
+    step = training_step(model_of(name), 4, 128, 1_000)
+    for _ in range(3):
+        step()
+    return (memory("VmHWM") - before) / 2**20
+
+
+def memories(args: argparse.Namespace) -> None:
+    table = []
+    for name in (*PEERS[:2], *OURS):
+        found = [in_fresh_process(__file__, "--worker", name) for _ in range(3)]
+        table.append({"adapter": name, "peak MiB": statistics.median(found)})
+    for row in table:
+        row["over PEFT LoRA, MiB"] = row["peak MiB"] - table[0]["peak MiB"]
+    record(args.output, "memory, 4 x 128 tokens", table, repeats=3)
 
 
 def files(args: argparse.Namespace) -> None:
@@ -134,13 +163,21 @@ def files(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--parts", nargs="+", choices=["files", "memory", "steps"], default=["files", "memory", "steps"])
     add("--sizes", nargs="+", default=["1x128", "4x128", "8x512"], help="ROWSxTOKENS (default: 1x128 4x128 8x512)")
     add("--repeats", type=int, default=15, help="default: 15")
+    add("--worker", choices=(*PEERS, *OURS), help="used internally: peak memory of one in this process")
     add("--output", default=RESULTS / "sources.json", help="JSON file; other settings in it are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    files(args)
-    for size in args.sizes:
+    if args.worker:
+        print(json.dumps(peak(args.worker)))
+        return
+    if "files" in args.parts:
+        files(args)
+    if "memory" in args.parts:
+        memories(args)
+    for size in args.sizes if "steps" in args.parts else ():
         steps(args, *map(int, size.split("x")))
 
 

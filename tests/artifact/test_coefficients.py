@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import SOURCES, config, llama, logits, perturb
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_lottalora import AutoLottaLoraModelForCausalLM, make_plan
+from hf_lottalora import AutoLottaLoraModelForCausalLM, export_dense, export_lora, make_plan
 
 WEIGHTS = "adapter_model.safetensors"
 REDRAWS = ("all", "targets", "none")
@@ -158,6 +158,32 @@ def test_after_another_scaffold_seed_the_bases_are_the_same(tmp_path: Path) -> N
     model.set_scaffold_seed(43)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_as_a_checkpoint_and_as_plain_lora(tmp_path: Path) -> None:
+    model = trained("nola by shape")
+    expected = logits(model)
+    export_lora(model, tmp_path / "lora")
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "lora" / "base")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, tmp_path / "lora" / "adapter")), expected)
+    model = trained("randlora")
+    expected = logits(model)
+    export_dense(model, tmp_path / "dense")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="its update is RandLoRA's, of full rank"):
+        export_lora(model, tmp_path / "none")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_ranks_and_alphas_by_pattern(source: str, tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"q_proj": 3, "o_proj": 40}, "alpha_pattern": {"q_proj": 5}}
+    model = trained(source, **patterns)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoLottaLoraModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    scalings = {a.path.rpartition(".")[2]: a.scaling for a in model.get_plan().adapters}
+    alpha = model.peft_config["default"].lora_alpha
+    assert scalings == {"q_proj": 5 / 3, "k_proj": alpha / 4, "v_proj": alpha / 4, "o_proj": alpha / 40}
 
 
 # ---- sizes and counts of the papers ----------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ class Combined(torch.autograd.Function):
     def forward(
         bases: Bases, starts: tuple[ScaffoldTensor | None, ...], *coefficients: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        C = torch.stack(coefficients)
+        dtype = torch.promote_types(coefficients[0].dtype, torch.float32)
+        C = torch.stack(coefficients).to(dtype)
         total = C.new_zeros(len(C), bases.spec.shape[1])
         for rows, block in bases.blocks(C):
             total.addmm_(C[:, rows], block)
@@ -70,7 +71,7 @@ class Combined(torch.autograd.Function):
         for row, start in zip(total, starts, strict=True):
             if start is not None and not without_values(C):
                 row += start.draw(C.dtype, C.device).view(-1)
-        return total.unbind() if len(total) > 1 else (total[0],)
+        return total.to(coefficients[0].dtype).unbind()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -78,11 +79,11 @@ class Combined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        G = torch.stack(grads)
+        G = torch.stack(grads).to(torch.promote_types(grads[0].dtype, torch.float32))
         dC = G.new_empty(len(G), ctx.bases.k)
         for rows, block in ctx.bases.blocks(G):
             dC[:, rows] = G @ block.t()
-        return None, None, *(dC * ctx.bases.scale)
+        return None, None, *(dC * ctx.bases.scale).to(grads[0].dtype)
 
 
 class Member(NamedTuple):
@@ -146,8 +147,9 @@ def _stands(made: _Made, at: int, now: torch.Tensor) -> bool:
         return False
     if without_values(now) or before.device != now.device or before.dtype != now.dtype:
         return False
-    # Elsewhere comparing values would wait for the device; an optimizer's kernel may write past the version.
-    return torch.equal(before, now) if now.device.type == "cpu" else made.marks[at] == _mark(now)
+    if now.device.type != "cpu" and (made.marks[at] != _mark(now) or at):
+        return made.marks[at] == _mark(now)  # comparing values waits for the device: of one layer is enough
+    return torch.equal(before, now)
 
 
 class Nola:
@@ -190,7 +192,7 @@ def bases_of(factor: str, shared: str | None, m: int, seed: int, family: str, co
     return Bases(ScaffoldTensor(name, (SIDE, m), seed, family), count)
 
 
-_steps: list[int] = []  # how many steps any optimizer has made
+_steps: list[int] = []  # how many steps any optimizer has made: its kernels may write past a tensor's version
 
 
 def _count_steps() -> None:
