@@ -26,6 +26,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lottalora import LottaLoraConfig, make_plan
+from hf_lottalora.layers.nola import Nola
+from hf_lottalora.layers.randlora import RandLora
 
 SMALL = {
     "vocab_size": 1_000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -81,11 +83,13 @@ def trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def bases_of(model: nn.Module) -> list[torch.Tensor]:
-    """What RandLoRA holds once for all layers."""
+def held_by(model: nn.Module) -> list[torch.Tensor]:
+    """What is there between steps: RandLoRA's bases, once for all layers, and NOLA's A and B, as LoRA has its own."""
     sources = [source for layer in model.modules() for source in getattr(layer, "sources", {}).values()]
-    corners = [corner for source in sources for corner in (getattr(source, "small", 0), getattr(source, "large", 0))]
-    return [tensor for corner in corners if corner for tensor in corner._held.values()]
+    corners = [corner for source in sources if isinstance(source, RandLora) for corner in (source.small, source.large)]
+    factors = [factors for source in sources if isinstance(source, Nola) for factors in (source.A, source.B)]
+    made = [tensor for one in factors if one._made is not None for tensor in one._made.factors]
+    return made + [tensor for corner in corners for tensor in corner._held.values()]
 
 
 def steps(args: argparse.Namespace, rows: int, tokens: int) -> None:
@@ -100,7 +104,8 @@ def steps(args: argparse.Namespace, rows: int, tokens: int) -> None:
     kept = {}
     for name, model in models.items():
         model.enable_input_require_grads()
-        kept[name] = saved_bytes(model, batch, bases_of(model))
+        model(input_ids=batch)  # makes what is held
+        kept[name] = saved_bytes(model, batch, held_by(model))
     table = []
     for name, model in models.items():
         peer = next((peer for peer in PEERS[1:] if name.endswith(peer.removeprefix("PEFT "))), None)

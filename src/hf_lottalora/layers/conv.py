@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import _ConvNd
 from torch import nn
 from torch.func import functional_call
 
-from .functional import ScaledConv, matmul_dtype
+from .functional import ScaledConv, applied, matmul_dtype
 from .layer import ScaffoldLayer
 
 
@@ -107,8 +107,8 @@ class ScaffoldConv(ScaffoldLayer, _ConvNd):  # type: ignore[misc]
             mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
             rows = F.pad(rows, base._reversed_padding_repeated_twice, mode=mode)
             padding = (0,) * len(base.kernel_size)
-        y = ScaledConv.apply(
-            rows, base.weight, self._total_beta(adapters), base.stride, padding, base.dilation, base.groups
+        y = applied(
+            ScaledConv, rows, base.weight, self._total_beta(adapters), base.stride, padding, base.dilation, base.groups
         )
         y = y.squeeze(0) if unbatched else y
         for name in adapters:

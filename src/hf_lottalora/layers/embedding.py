@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..residency.foreign import in_memory
-from .functional import ScaledEmbedding, ScaledLinear, matmul_dtype
+from .functional import ScaledEmbedding, ScaledLinear, applied, matmul_dtype
 from .layer import ScaffoldLayer
 from .mixed import RowAdapters
 from .rows import TrainedRows
@@ -34,7 +34,7 @@ class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
             rows = base(x)
             y = rows * beta.to(rows.dtype)
         else:
-            y = ScaledEmbedding.apply(beta, x, base.weight, base)
+            y = applied(ScaledEmbedding, beta, x, base.weight, base)
         scale, padding = self._get_embed_scale(), self.get_base_layer().padding_idx
         for name in adapters:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
@@ -54,7 +54,7 @@ class ScaffoldEmbedding(ScaffoldLayer, lora.Embedding):  # type: ignore[misc]
         A = torch.cat([self._pair(name)[1].t() * self.scaling[name] for name in adapters])
         B = torch.cat([self._pair(name)[0].t() for name in adapters], dim=1)
         beta, weight = self._total_beta(adapters), self.get_base_layer().weight
-        y: torch.Tensor = ScaledLinear.apply(x, weight, None if per_input else bias, beta, A, B, 1.0, False)
+        y = applied(ScaledLinear, x, weight, None if per_input else bias, beta, A, B, 1.0, False)
         if per_input:
             y = y * self._magnitude_over_norms(adapters[0])[0].to(y.dtype)
             y = y if bias is None else y + bias.to(y.dtype)

@@ -43,6 +43,13 @@ def bound_fast(function: type[torch.autograd.Function]) -> type[torch.autograd.F
     return function
 
 
+def applied(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+    """`function.apply(*args)`; where nothing is recorded without its cost, which decoding would pay in every layer."""
+    recorded = transformed() or torch.compiler.is_compiling()
+    result: torch.Tensor = function.apply(*args) if recorded else function.forward(*args)
+    return result
+
+
 @bound_fast
 class ScaledLinear(torch.autograd.Function):
     """`beta * x W^T + scaling * (x A^T) B^T + bias`, keeping x at most for backward. `A = B = None` leaves them out."""

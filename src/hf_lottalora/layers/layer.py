@@ -301,6 +301,9 @@ class ScaffoldLayer(MergingLayer, MagnitudeLayer):
 
     def __getattr__(self, name: str) -> Any:
         """Code of a model may ask a layer for its sizes, as MobileNet asks a convolution for its stride."""
+        own = self.__dict__.get("_modules", {}).get(name)
+        if own is not None:  # as the next line does, in half the time
+            return own
         try:
             return super().__getattr__(name)
         except AttributeError:

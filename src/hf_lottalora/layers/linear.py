@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import nn
 
-from .functional import ScaledLinear, matmul_dtype
+from .functional import ScaledLinear, applied, matmul_dtype
 from .layer import ScaffoldLayer
 
 
@@ -42,22 +42,27 @@ class ScaffoldLinear(ScaffoldLayer, lora.Linear):  # type: ignore[misc]
             elif bias is not None and bias is not base.bias:
                 y = y + (bias if base.bias is None else bias - base.bias)
         else:
-            y = self._fused(x_adapted, bias, beta, fused)
+            y = self._fused(x_adapted, base.weight, bias, beta, fused)
         for name in dropped:
             A, B = (tensor.to(y.dtype) for tensor in self._pair(name))
             y = y + F.linear(F.linear(self.lora_dropout[name](x_adapted), A), B) * self.scaling[name]
         return self._finished(self._with_magnitude(y, adapters[0], bias=late_bias), x, adapters)
 
     def _fused(
-        self, x: torch.Tensor, bias: torch.Tensor | None, beta: torch.Tensor, adapters: list[str]
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        beta: torch.Tensor,
+        adapters: list[str],
     ) -> torch.Tensor:
-        weight, name = self.get_base_layer().weight, adapters[0] if len(adapters) == 1 else None
+        name = adapters[0] if len(adapters) == 1 else None
         y: torch.Tensor
         if name in self.sources:
             A, B, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
             y = self.sources[name].linear(A, B, x, weight, bias, beta, scaling, self._weight_is_IO)
         else:
-            y = ScaledLinear.apply(x, weight, bias, beta, *self._joined(adapters), self._weight_is_IO)
+            y = applied(ScaledLinear, x, weight, bias, beta, *self._joined(adapters), self._weight_is_IO)
         return y
 
     def _joined(self, adapters: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:

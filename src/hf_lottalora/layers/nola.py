@@ -24,7 +24,7 @@ from ..residency.shards import is_sharded
 from ..scaffold.tensor import ScaffoldTensor
 from .bases import SIDE, without_values
 from .coefficients import Coefficients
-from .functional import ScaledLinear, bound_fast
+from .functional import ScaledLinear, applied, bound_fast
 
 _BLOCK = 1 << 18  # elements of bases that are in memory at a time: 1 MiB in float32
 
@@ -182,8 +182,7 @@ class Nola:
         weight_is_IO: bool,
     ) -> torch.Tensor:
         """The layer's output, see `ScaledLinear`."""
-        y: torch.Tensor = ScaledLinear.apply(x, weight, bias, beta, *self.pair(A, B), scaling, weight_is_IO)
-        return y
+        return applied(ScaledLinear, x, weight, bias, beta, *self.pair(A, B), scaling, weight_is_IO)
 
 
 def bases_of(factor: str, shared: str | None, m: int, seed: int, family: str, count: int) -> Bases:

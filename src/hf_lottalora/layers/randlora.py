@@ -17,7 +17,16 @@ from torch import nn
 from ..residency.virtual_weight import VirtualWeight
 from .bases import basis
 from .coefficients import Coefficients
-from .functional import ScaledLinear, bound_fast, gradients, scaled_plus, transformed, values_OI, without_autocast
+from .functional import (
+    ScaledLinear,
+    applied,
+    bound_fast,
+    gradients,
+    scaled_plus,
+    transformed,
+    values_OI,
+    without_autocast,
+)
 
 
 class RandLora:
@@ -62,10 +71,8 @@ class RandLora:
     ) -> torch.Tensor:
         """The layer's output, see `ScaledLinear`."""
         small, large = self.bases(A.value, x.dtype)
-        y: torch.Tensor = RandLinear.apply(
-            x, weight, bias, beta, A.value, B.value, small, large, scaling, weight_is_IO, self.tall
-        )
-        return y
+        trained = A.value, B.value
+        return applied(RandLinear, x, weight, bias, beta, *trained, small, large, scaling, weight_is_IO, self.tall)
 
 
 def folds(rows: int, outputs: int, inputs: int, q: int) -> bool:
