@@ -6,6 +6,7 @@ As a script: train, resume from checkpoints of every phase, and write what each 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Watch(TrainerCallback):
 
 def trainer(folder: Path, model: Any = None, callbacks: Any = (), **options: Any) -> Trainer:
     settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4 if dist.is_initialized() else 8, "max_steps": STEPS, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1")), "max_steps": STEPS, "learning_rate": 1e-2,
         "lr_scheduler_type": "cosine", "weight_decay": 0.1, "logging_steps": 1, "report_to": "none", "use_cpu": True,
         "disable_tqdm": True, "save_strategy": "no",
     }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from prelora_worker import (
     CHECKPOINTS,
@@ -28,7 +29,7 @@ from prelora_worker import (
     trainer,
     vit,
 )
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import bert, llama
 from torch import nn
 from transformers import Trainer, ViTForImageClassification
@@ -129,7 +130,7 @@ def test_the_optimizer_forgets_what_is_frozen(whole: Whole) -> None:
     for moments, phase in zip((full, joint, lora), callback.report.phases, strict=True):
         parameters = sum(1 for _ in watch.trained[phase.start])
         assert moments == 2 * phase.trained + parameters  # and a count of steps for each tensor
-    assert lora < 0.75 * full < joint
+    assert lora < full < joint
     assert made.accelerator._optimizers == [made.optimizer] == [made.callback_handler.optimizer]
     sizes = {step: (folder / f"checkpoint-{step}" / "optimizer.pt").stat().st_size for step in (5, 8, 13)}
     assert sizes[13] < sizes[5] < sizes[8]
@@ -201,9 +202,8 @@ def test_resuming_is_going_on_to_the_bit(whole: Whole, step: int, tmp_path: Path
 def test_a_checkpoint_has_the_models_own_names(whole: Whole) -> None:
     """By which alone a ViT is resumed, and which from_pretrained reads as well."""
     folder, _, _, _ = whole
-    with safe_open(folder / "checkpoint-5" / "model.safetensors", "pt") as file:
-        assert set(file.keys()) == set(vit().state_dict())
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored = load_file(folder / "checkpoint-5" / "model.safetensors")
+    assert stored.keys() == vit().state_dict().keys()
     loaded = ViTForImageClassification.from_pretrained(folder / "checkpoint-5").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in stored.items())
 
@@ -212,7 +212,9 @@ def test_weights_under_other_names_are_refused(whole: Whole, tmp_path: Path) -> 
     """As Trainer writes them of a ViT, and goes on with what it has initialised, with a warning."""
     copied = tmp_path / "checkpoint-5"
     shutil.copytree(whole[0] / "checkpoint-5", copied)
-    vit().save_pretrained(copied)
+    stored = load_file(copied / "model.safetensors")
+    hub_names = {name.replace("vit.layers.", "vit.encoder.layer."): value for name, value in stored.items()}
+    save_file(hub_names, copied / "model.safetensors", {"format": "pt"})
     before = vit()
     made = trainer(tmp_path, before)
     prelora().attach(made)
@@ -248,6 +250,7 @@ def test_checkpoints_made_without_it_are_refused(tmp_path: Path) -> None:
 
 LOAD = """
 import sys, torch
+torch.set_num_threads(1)
 from hf_lottalora import AutoLottaLoraModelForImageClassification
 model = AutoLottaLoraModelForImageClassification.from_pretrained(sys.argv[1]).eval()
 with torch.no_grad():
@@ -376,10 +379,8 @@ def test_engines_and_models_that_do_not_go_with_it(tmp_path: Path, monkeypatch: 
     made = trainer(tmp_path, get_peft_model(vit(), LottaLoraConfig(seed=1, redraw="none")))
     with pytest.raises(ValueError, match="does not go with a PeftModel"):
         prelora().attach(made)
-    from accelerate.utils import DistributedType
-
+    made = trainer(tmp_path)
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.XLA):
-        made = trainer(tmp_path)
         monkeypatch.setattr(type(made.accelerator), "distributed_type", property(lambda self, kind=kind: kind))
         with pytest.raises(ValueError, match=f"does not go with {kind.value}: it holds on"):
             prelora().attach(made)

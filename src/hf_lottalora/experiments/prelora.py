@@ -183,7 +183,9 @@ class PreLoraCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Called by Trainer, which keeps it in a checkpoint's trainer_state.json."""
-        attributes = {"phases": self._phases.state_dict(), "windows": self._windows.state_dict()}
+        attributes = {}
+        if self._trainer is not None:  # it asks when it is made, too
+            attributes = {"phases": self._phases.state_dict(), "windows": self._windows.state_dict()}
         return {"args": self.settings, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

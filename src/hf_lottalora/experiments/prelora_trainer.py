@@ -158,7 +158,8 @@ def load_strictly(model: nn.Module, folder: Path) -> None:
         found.update(load_file(file))
     live = model.state_dict(keep_vars=True)
     tied = {id(live[name]) for name in live.keys() & found.keys()}
-    missing = sorted(name for name in live.keys() - found.keys() if id(live[name]) not in tied)
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # which the architecture's config decides
+    missing = sorted(name for name in live.keys() - found.keys() - unsaved if id(live[name]) not in tied)
     unknown = sorted(found.keys() - live.keys())
     other = sorted(name for name in live.keys() & found.keys() if live[name].shape != found[name].shape)
     if missing or unknown or other:
