@@ -139,7 +139,7 @@ class PreLoraCallback(TrainerCallback, ExportableState):
         windows, phases = self._windows, self._phases
         thresholds = self.settings["thresholds"]
         return PreLoraReport(
-            tuple(thresholds), tuple(windows.ended), tuple(phases.begun), dict(phases.ranks), windows.families
+            tuple(thresholds), tuple(windows.ended), tuple(phases.begun), dict(phases.ranks), dict(windows.families)
         )
 
     def peft_model(self, base: str | os.PathLike[str] | None = None) -> PeftModel:

@@ -73,7 +73,8 @@ def planned(model: nn.Module, config: LottaLoraConfig, ranks: Sequence[int]) -> 
                 f"PreLoRA chooses a rank for each module, and its alpha. Leave {name} out, and pass ranks."
             )
     survey = survey_model(model)
-    plans = [plan_from_survey(survey, dataclasses.replace(config, r=rank)) for rank in ranks]
+    of_rank: list[dict[str, Any]] = [{"r": rank} for rank in ranks]
+    plans = [plan_from_survey(survey, dataclasses.replace(config, **options)) for options in of_rank]
     for adapter in plans[0].adapters:
         if adapter.kind not in ("linear", "conv"):
             raise ValueError(

@@ -71,7 +71,8 @@ def inject(model: nn.Module, config: LottaLoraConfig, ranks: Mapping[str, int]) 
     """
     keys = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
     alphas = {} if config.use_rslora else {key: rank * config.lora_alpha / config.r for key, rank in keys.items()}
-    config = dataclasses.replace(config, rank_pattern=keys, alpha_pattern=alphas)
+    chosen: dict[str, Any] = {"rank_pattern": keys, "alpha_pattern": alphas}
+    config = dataclasses.replace(config, **chosen)
     with warnings.catch_warnings():
         # It warns of tensors that the artifact will not contain; `peft_model` asks for a base beside it.
         warnings.filterwarnings("ignore", message="redraw='none' keeps")
@@ -110,9 +111,9 @@ def renew(trainer: Any) -> None:
     accelerator, wrapper = trainer.accelerator, trainer.model_wrapped
     if isinstance(wrapper, DistributedDataParallel):
         handler = accelerator.ddp_handler
-        options = handler.to_kwargs() if handler is not None else {}
-        devices = {"device_ids": wrapper.device_ids, "output_device": wrapper.output_device}
-        DistributedDataParallel.__init__(wrapper, wrapper.module, **devices, **options)
+        options: dict[str, Any] = {} if handler is None else handler.to_kwargs()
+        options |= {"device_ids": wrapper.device_ids, "output_device": wrapper.output_device}
+        DistributedDataParallel.__init__(wrapper, wrapper.module, **options)
         if handler is not None:
             handler.register_comm_hook(wrapper)
     accelerator._optimizers.remove(trainer.optimizer)  # else its moments of all weights stay in memory
