@@ -199,6 +199,56 @@ def test_resuming_is_going_on_to_the_bit(whole: Whole, step: int, tmp_path: Path
     assert again.report == callback.report
 
 
+class Convolutions(nn.Module):
+    """No model of transformers, with a batch norm, whose statistics a checkpoint must have too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kernels = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+        self.net = nn.Sequential(*kernels, nn.Flatten(), nn.Linear(8 * 16, 3))
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.net(pixel_values)
+        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def tokens() -> list[dict[str, Any]]:
+    found = torch.randint(3, 99, (64, 8), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in found]
+
+
+OTHERS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
+    "tied, DoRA, dropout": (
+        lambda: llama(hidden_size=16, num_attention_heads=2),
+        tokens,
+        {"use_dora": True, "lora_dropout": 0.1, "task_type": "CAUSAL_LM", "target_modules": "all-linear"},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "gradient_checkpointing": True},
+    ),
+    "convolutions": (Convolutions, rows, {"target_modules": ["net.0", "net.3"], "modules_to_save": ["net.6"]}, {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_and_options(name: str, tmp_path: Path) -> None:
+    build, data, config, options = OTHERS[name]
+    whole: Any = None
+    for resume in (None, "checkpoint-5", "checkpoint-7", "checkpoint-11"):
+        torch.manual_seed(0)
+        save = {"save_strategy": "no"} if resume else {"save_strategy": "steps", "save_steps": 1, "logging_steps": 3}
+        made = trainer(tmp_path / (resume or "whole"), build(), **{**options, **save})
+        made.train_dataset = data()
+        callback = prelora(LottaLoraConfig(seed=1, redraw="none", save_kept=True, **config)).attach(made)
+        made.train(resume_from_checkpoint=None if resume is None else str(tmp_path / "whole" / resume))
+        whole = whole or (made, callback)
+        assert equal(made.model, whole[0].model) and callback.report == whole[1].report
+    model = callback.peft_model().eval()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "saved").eval()
+    inputs = {key: torch.stack([row[key] for row in data()[:2]]) for key in data()[0] if key != "labels"}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs)["logits"], model(**inputs)["logits"])
+
+
 def test_a_checkpoint_has_the_models_own_names(whole: Whole) -> None:
     """By which alone a ViT is resumed, and which from_pretrained reads as well."""
     folder, _, _, _ = whole
