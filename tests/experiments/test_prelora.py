@@ -167,6 +167,9 @@ def test_losses_of_windows_are_those_of_the_steps(whole: Whole) -> None:
     assert len(losses(made)) == STEPS  # logging windows costs no line of Trainer's own
     logged = [entry for entry in made.state.log_history if "prelora_loss" in entry]
     assert [entry["prelora_loss"] for entry in logged] == [window.loss for window in windows]
+    (found,) = [entry for entry in made.state.log_history if any(key.startswith("prelora_rank/") for key in entry)]
+    ranks = [rank for path, rank in callback.report.ranks.items() if family_of(path, {}) == family_of(TARGETS[0], {})]
+    assert found["step"] == JOINT and found[f"prelora_rank/{family_of(TARGETS[0], {})}"] == sum(ranks) / len(ranks)
 
 
 def test_ranks_are_those_of_the_adapters(whole: Whole) -> None:

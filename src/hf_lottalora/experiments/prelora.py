@@ -220,11 +220,10 @@ class PreLoraCallback(TrainerCallback, ExportableState):
             if phases.name == "full":
                 norms = {"weights": self._norms(lambda weight: weight), "gradients": self._gradients}
             passed = windows.end(step, phases.name, norms)
-            due = control.should_log
-            trainer.log(windows.logged())
-            control.should_log = due  # which logging has switched off
+            self._log(windows.logged(), control)
             if passed and not last:
                 phases.join(windows.choose_ranks(), step)
+                self._log(windows.logged_ranks(phases.ranks), control)
         if phases.name == "joint" and step - phases.begun[-1].start >= self.settings["joint_steps"] and not last:
             phases.freeze(step)
 
@@ -233,6 +232,11 @@ class PreLoraCallback(TrainerCallback, ExportableState):
     def _check_attached(self) -> None:
         if self._trainer is None:
             raise ValueError("PreLoraCallback has to change its Trainer: call prelora.attach(trainer) before train().")
+
+    def _log(self, entry: dict[str, float], control: Any) -> None:
+        due = control.should_log
+        self._trainer.log(entry)
+        control.should_log = due  # which logging has switched off
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of `Trainer.training_step`: no hook has the loss of a step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from statistics import mean
 from typing import Any, Literal, get_args
 
 import torch
@@ -96,6 +97,13 @@ class Windows:
                 "prelora_weight_change": max(window.weight_changes.values()),
             }
         return entry
+
+    def logged_ranks(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """The mean rank of each family."""
+        return {
+            f"prelora_rank/{family}": mean(rank for path, rank in ranks.items() if self.families[path] == family)
+            for family in dict.fromkeys(self.families.values())
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as JSON has it."""
