@@ -110,6 +110,7 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/paper/cifar10.py
 	$(PY) benchmarks/paper/cifar10.py --epochs 10 --ways "r=1" "r=1 DoRA by input" --output benchmarks/results/cifar10_10_epochs.json
 	$(PY) benchmarks/paper/cifar10.py --ways "r=16 residual" "r=16 DoRA by input, residual"
+	$(PY) benchmarks/paper/prelora.py --seeds 1
 	$(PY) benchmarks/paper/sst2.py
 	$(PY) benchmarks/paper/sizes.py
 	$(PY) benchmarks/paper/saved_dtypes.py

@@ -6,8 +6,9 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
@@ -86,6 +87,29 @@ def mean_and_std(values: Sequence[float], digits: int = 2) -> str:
     """
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
+
+
+@contextmanager
+def kept_for_backward(model: Any, there: Iterable[Any] = ()) -> Iterator[dict[int, int]]:
+    """Of what autograd keeps for backward of a forward pass within, the bytes of each storage.
+
+    Parameters, and what else is `there` anyway, are not counted.
+    """
+    import torch
+
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in (*model.parameters(), *there)}
+    storages: dict[int, int] = {}
+    alive = []  # the address of a freed storage could come back
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor.detach())
+        return tensor.detach()  # an output that is saved with its graph would hold itself for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:

@@ -25,6 +25,7 @@ import mnist_ablations
 import mnist_rank_search
 import mnist_seed_gating
 import physionet
+import prelora
 import saved_dtypes
 import sizes
 import sst2
@@ -35,7 +36,7 @@ from hf_lottalora import RankSearch
 ROOT = Path(__file__).parents[1]
 _STEMS = (
     *("results", "performance", "architectures", "artifact-size", "causal-lm", "export", "low-memory", "many"),
-    "several-processes",
+    *("prelora", "several-processes"),
 )
 NAMES = ("README.md", *(f"docs/{stem}.md" for stem in _STEMS))
 PAGES = [ROOT / name for name in NAMES]
@@ -141,6 +142,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "physionet": lambda: physionet.table(read_json(physionet.RESULTS)["runs"]),
     "sizes": lambda: sizes.table(read_json(sizes.RESULTS)["artifacts"]),
     "saved dtypes": lambda: saved_dtypes.table(read_json(saved_dtypes.RESULTS)["runs"]),
+    "prelora": lambda: prelora.summary(read_json(prelora.RESULTS)["runs"]),
+    "prelora, phases": lambda: prelora.table(read_json(prelora.RESULTS)["runs"]),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
     **{

@@ -18,6 +18,7 @@ COMMANDS = {
     "mnist_rank_search.py": [],
     "physionet.py": [],
     "saved_dtypes.py": [],
+    "prelora.py": ["--ways", "full", "1/5"],
     "cifar10.py": ["--ways", "full", "r=1 DoRA by input", "--precision", "float32"],
 }
 NOT_HERE = {"sizes.py"}  # no --quick: it trains nothing

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import environment, mean_and_std, read_json, run_jobs, write_json
+from common import environment, kept_for_backward, mean_and_std, read_json, run_jobs, write_json
 
-__all__ = ["environment", "mean_and_std", "read_json", "run_jobs", "write_json"]
+__all__ = ["environment", "kept_for_backward", "mean_and_std", "read_json", "run_jobs", "write_json"]
 RESULTS = Path(__file__).parents[1] / "results"
 
 FIRST_SEED = 42

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
-from shared import RANK, RESULTS, SCALES, environment, llama_config, write_json
+from shared import RANK, RESULTS, SCALES, environment, kept_for_backward, llama_config, write_json
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -25,20 +25,8 @@ TARGETS = {"all linear layers": "all-linear", "attention": ["q_proj", "k_proj", 
 
 
 def saved_bytes(model: nn.Module, batch: torch.Tensor, there: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes kept for backward by one forward pass, without parameters, buffers and what else is `there` anyway."""
-    held = (*model.parameters(), *model.buffers(), *there)
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in held}
-    storages: dict[int, int] = {}
-    alive = []  # the address of a freed storage could come back
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor.detach())
-        return tensor.detach()  # an output that is saved with its graph would hold itself for ever
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    """Bytes kept for backward by one forward pass, without what else is `there` anyway."""
+    with kept_for_backward(model, there) as storages:
         model(input_ids=batch, labels=batch)
     return sum(storages.values())
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))
 
 from common import environment, read_json, write_json
+from common import kept_for_backward as kept_for_backward
 
 RESULTS = Path(__file__).parents[1] / "results" / "perf"
 

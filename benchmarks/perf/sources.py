@@ -105,7 +105,7 @@ def steps(args: argparse.Namespace, rows: int, tokens: int) -> None:
     for name, model in models.items():
         model.enable_input_require_grads()
         model(input_ids=batch)  # makes what is held
-        kept[name] = saved_bytes(model, batch, held_by(model))
+        kept[name] = saved_bytes(model, batch, (*model.buffers(), *held_by(model)))
     table = []
     for name, model in models.items():
         peer = next((peer for peer in PEERS[1:] if name.endswith(peer.removeprefix("PEFT "))), None)

@@ -25,6 +25,8 @@ from .artifact.auto_classes import *  # noqa: E402, F403
 from .config import LottaLoraConfig  # noqa: E402
 from .experiments.beta_report import BetaCallback, BetaReport, beta_report  # noqa: E402
 from .experiments.cost_report import CostReport, cost_report  # noqa: E402
+from .experiments.prelora import PreLoraCallback  # noqa: E402
+from .experiments.prelora_report import PreLoraReport  # noqa: E402
 from .experiments.rank_search import RankSearch, minimum_sufficient_rank  # noqa: E402
 from .experiments.resampling import ResampleScaffoldCallback, ScaffoldResampler  # noqa: E402
 from .plan.plan import Plan  # noqa: E402
@@ -49,6 +51,8 @@ __all__ = [
     "LottaLoraConfig",
     "LottaLoraModel",
     "Plan",
+    "PreLoraCallback",
+    "PreLoraReport",
     "RankSearch",
     "RanksAgreeCallback",
     "ResampleScaffoldCallback",
