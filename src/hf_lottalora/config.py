@@ -344,7 +344,8 @@ class LottaLoraConfig(Recorded):
     def _fill_alpha(self) -> None:
         if self.lora_alpha is None:
             r = self.r if type(self.r) is int else 8  # else it is refused next
-            self.lora_alpha = 20 * r if self.adapter == "randlora" else r if self.adapter == "nola" else 8
+            factors = {"randlora": 20 * r, "nola": r}
+            self.lora_alpha = factors.get(self.adapter, 8) if isinstance(self.adapter, str) else 8
 
     def _fill_bases(self) -> None:
         """Defaults of what the kind of adapter takes, so that files have them."""

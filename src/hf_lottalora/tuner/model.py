@@ -193,7 +193,9 @@ class LottaLoraModel(Placing, Switching, Saving, SeedSwitching, Merging, lora.Lo
             check_second_adapter(adapter_name, plan, config, self.first_plan, self.first_config)
             if plan.scaffold == self.first_plan.scaffold:
                 known = self.first_plan.scaffold_digests()
-                plan = replace(plan, digests={spec.name: known[spec.name] for spec in plan.scaffold.values()})
+                if plan.bases != self.first_plan.bases:
+                    known = {spec.name: known[spec.name] for spec in plan.scaffold.values()}
+                plan = replace(plan, digests=known)
         _check_rows(adapter_name, plan, model)
         if partitioned is not None:
             partitioned.settle(model, plan, config.use_dora)
