@@ -23,6 +23,7 @@ from backward_bytes import saved_bytes
 from peft import LoraConfig, RandLoraConfig, get_peft_model
 from shared import RESULTS, in_fresh_process, memory, paired, ratio, record, training_step
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lottalora import LottaLoraConfig, make_plan
@@ -93,23 +94,21 @@ def held_by(model: nn.Module) -> list[torch.Tensor]:
 
 
 def steps(args: argparse.Namespace, rows: int, tokens: int) -> None:
-    models = {name: model_of(name) for name in (*PEERS, *OURS)}
-    times = paired(
-        {name: training_step(model, rows, tokens, 1_000) for name, model in models.items()},
-        args.repeats,
-        time.process_time,
-    )
+    """Each of ours beside its peers, and no other model in memory."""
     batch = torch.randint(0, 1_000, (rows, tokens), generator=torch.Generator().manual_seed(0))
-    evaluating = paired({name: partial(evaluate, model, batch) for name, model in models.items()}, args.repeats, CLOCK)
-    kept = {}
-    for name, model in models.items():
-        model.enable_input_require_grads()
-        model(input_ids=batch)  # makes what is held
-        kept[name] = saved_bytes(model, batch, (*model.buffers(), *held_by(model)))
     table = []
-    for name, model in models.items():
+    for name in tqdm(args.adapters, unit="adapter", desc=f"{rows} x {tokens}"):
         peer = next((peer for peer in PEERS[1:] if name.endswith(peer.removeprefix("PEFT "))), None)
-        row: dict[str, Any] = {"adapter": name, "trained": trained(model)}
+        models = {one: model_of(one) for one in (PEERS[0], peer, name) if one}
+        training = {one: training_step(model, rows, tokens, 1_000) for one, model in models.items()}
+        times = paired(training, args.repeats, CLOCK)
+        evaluating = paired({one: partial(evaluate, m, batch) for one, m in models.items()}, args.repeats, CLOCK)
+        kept = {}
+        for one, model in models.items():
+            model.enable_input_require_grads()
+            model(input_ids=batch)  # makes what is held
+            kept[one] = saved_bytes(model, batch, (*model.buffers(), *held_by(model)))
+        row: dict[str, Any] = {"adapter": name, "trained": trained(models[name])}
         row["milliseconds"] = 1e3 * statistics.median(times[name])
         row["step / PEFT LoRA"] = ratio(times, name, PEERS[0])
         row["step / PEFT RandLoRA"] = ratio(times, name, peer) if peer else ""
@@ -169,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="+", choices=["files", "memory", "steps"], default=["files", "memory", "steps"])
+    add("--adapters", nargs="+", choices=OURS, default=list(OURS), help="for steps (default: all)")
     add("--sizes", nargs="+", default=["1x128", "4x128", "8x512"], help="ROWSxTOKENS (default: 1x128 4x128 8x512)")
     add("--repeats", type=int, default=15, help="default: 15")
     add("--worker", choices=(*PEERS, *OURS), help="used internally: peak memory of one in this process")

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..residency.partitions import is_partitioned
 from ..residency.shards import is_sharded
-from ..scaffold.tensor import ScaffoldTensor
+from ..scaffold.tensor import ScaffoldTensor, draw_into
 from .bases import SIDE, without_values
 from .coefficients import Coefficients
 from .functional import ScaledLinear, applied, bound_fast
@@ -59,18 +59,15 @@ class Combined(torch.autograd.Function):
     """`start + scale * coefficients @ bases` for several layers, `(m,)` each. Nothing is kept for backward."""
 
     @staticmethod
-    def forward(
-        bases: Bases, starts: tuple[ScaffoldTensor | None, ...], *coefficients: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(bases: Bases, starts: torch.Tensor | None, *coefficients: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dtype = torch.promote_types(coefficients[0].dtype, torch.float32)
         C = torch.stack(coefficients).to(dtype)
         total = C.new_zeros(len(C), bases.spec.shape[1])
         for rows, block in bases.blocks(C):
             total.addmm_(C[:, rows], block)
         total *= bases.scale
-        for row, start in zip(total, starts, strict=True):
-            if start is not None and not without_values(C):
-                row += start.draw(C.dtype, C.device).view(-1)
+        if starts is not None:
+            total += starts
         return total.to(coefficients[0].dtype).unbind()
 
     @staticmethod
@@ -112,6 +109,7 @@ class Factors:
         self.bases = bases
         self.members: list[Member] = []
         self._made: _Made | None = None
+        self._starts: torch.Tensor | None = None  # as large as LoRA's A, and drawn once
 
     def add(self, member: Member) -> int:
         """A further layer's; its place among them."""
@@ -127,15 +125,37 @@ class Factors:
         parameters = [one.held.value for one in self.members]
         if held is not member.held or any(is_sharded(p) or is_partitioned(p) for p in parameters):
             # A replica on another device, or one of which each rank has a part: of the others there is nothing here.
-            (alone,) = Combined.apply(self.bases, (member.start,), held.value)
+            (alone,) = Combined.apply(self.bases, _drawn([member], held.value), held.value)
             return alone.view(member.shape)  # type: ignore[no-any-return]
-        factors = Combined.apply(self.bases, tuple(one.start for one in self.members), *parameters)
+        starts = self._starts
+        if starts is None or (starts.device, starts.dtype, len(starts)) != _place(held.value, self.members):
+            starts = _drawn(self.members, held.value)
+            self._starts = None if without_values(held.value) else starts
+        factors = Combined.apply(self.bases, starts, *parameters)
         made = _Made(factors, [p.detach().clone() for p in parameters], [_mark(p) for p in parameters])
         self._made = None if without_values(held.value) else made
         return made.factors[at].view(member.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_made": None}  # what has a graph cannot be copied
+        return {**vars(self), "_made": None, "_starts": None}  # what has a graph cannot be copied
+
+
+def _place(like: torch.Tensor, members: list[Member]) -> tuple[torch.device, torch.dtype, int]:
+    return like.device, torch.promote_types(like.dtype, torch.float32), len(members)
+
+
+@torch.no_grad()
+def _drawn(members: list[Member], like: torch.Tensor) -> torch.Tensor | None:
+    """What the factors of these layers start as, `(L, m)`; None for zeros."""
+    starts = [one.start for one in members if one.start is not None]
+    if not starts:
+        return None
+    device, dtype, count = _place(like, members)
+    with torch.inference_mode(False):
+        drawn = torch.empty(count, starts[0].numel, dtype=dtype, device=device)
+        if not without_values(drawn):
+            draw_into({start: row.view(start.shape) for start, row in zip(starts, drawn, strict=True)})
+    return drawn
 
 
 def _stands(made: _Made, at: int, now: torch.Tensor) -> bool:
