@@ -75,6 +75,7 @@ def test_over_any_backbone_it_comes_back_to_the_bit(source: str, redraw: str, tm
     torch.testing.assert_close(logits(plain), logits(again), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_new_process_with_another_number_of_threads(source: str, tmp_path: Path) -> None:
     model = trained(source, family="binary", basis_family="binary")
