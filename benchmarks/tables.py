@@ -146,7 +146,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "prelora, phases": lambda: prelora.table(read_json(prelora.RESULTS)["runs"]),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
-    **{script: _performance(script) for script in ("conv", "decode", "export", "large", "many", "scales", "step")},
+    **{
+        script: _performance(script)
+        for script in ("conv", "decode", "export", "large", "many", "prelora_steps", "scales", "step")
+    },
     "engines, bytes": _scale("engines", "2 processes", "engine", "method", *(f"{kind} MB{at}" for kind, at in _SENT)),
     "engines, memory": _scale("engines", "2 processes", "engine", "method", *_TAKEN),
     "engines, steps": _scale("engines", "a step under DDP"),

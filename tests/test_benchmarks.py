@@ -48,6 +48,7 @@ PERFORMANCE = {
     "large.py": ["--layers", "1", "--tokens", "8"],
     "sharing.py": ["--scale", "3M", "--repeats", "1"],
     "export.py": ["--scale", "3M"],
+    "prelora_steps.py": ["--widths", "128", "--repeats", "1"],
 }
 SCALE = {
     "clm_900m.py": ["--scale", "3M", "--steps", "2", "--residencies", "dense", "streamed"],
