@@ -127,6 +127,7 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/perf/large.py
 	$(PY) benchmarks/perf/export.py
 	$(PY) benchmarks/perf/many.py
+	$(PY) benchmarks/perf/prelora_steps.py
 	$(PY) benchmarks/perf/scales.py
 	$(PY) benchmarks/perf/sharing.py
 	$(PY) benchmarks/perf/sources.py

@@ -148,7 +148,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
     **{
         script: _performance(script)
-        for script in ("conv", "decode", "export", "large", "many", "scales", "sources", "step")
+        for script in ("conv", "decode", "export", "large", "many", "prelora_steps", "scales", "sources", "step")
     },
     "engines, bytes": _scale("engines", " processes", "engine", "method", *(f"{kind} MB{at}" for kind, at in _SENT)),
     "engines, memory": _scale("engines", " processes", "engine", "method", *_TAKEN),

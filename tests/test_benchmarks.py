@@ -49,6 +49,7 @@ PERFORMANCE = {
     "sharing.py": ["--scale", "3M", "--repeats", "1"],
     "export.py": ["--scale", "3M"],
     "sources.py": ["--sizes", "1x8", "--repeats", "1", "--parts", "steps", "files"],
+    "prelora_steps.py": ["--widths", "128", "--repeats", "1"],
 }
 SCALE = {
     "clm_900m.py": ["--scale", "3M", "--steps", "2", "--residencies", "dense", "streamed"],
