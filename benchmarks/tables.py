@@ -26,6 +26,7 @@ import mnist_rank_search
 import mnist_seed_gating
 import physionet
 import saved_dtypes
+import siblings
 import sizes
 import sst2
 from common import read_json
@@ -35,7 +36,7 @@ from hf_lottalora import RankSearch
 ROOT = Path(__file__).parents[1]
 _STEMS = (
     *("results", "performance", "architectures", "artifact-size", "causal-lm", "export", "low-memory", "many"),
-    "several-processes",
+    *("several-processes", "siblings"),
 )
 NAMES = ("README.md", *(f"docs/{stem}.md" for stem in _STEMS))
 PAGES = [ROOT / name for name in NAMES]
@@ -59,6 +60,10 @@ def _rank_search() -> str:
 
 def _cifar10(stem: str) -> Callable[[], str]:
     return lambda: cifar10.table(read_json(cifar10.RESULTS.with_stem(stem))["runs"])
+
+
+def _siblings(text: Callable[..., str], *case: str, stem: str = "siblings") -> Callable[[], str]:
+    return lambda: text(read_json(siblings.RESULTS.with_stem(stem))["runs"], *case)
 
 
 def _controls() -> str:
@@ -123,6 +128,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+_SCRIPTS = ("conv", "decode", "export", "large", "many", "scales", "sources", "step")
 _SENT = (("broadcast", ""), ("all-gather", " a step"), ("reduce-scatter", " a step"), ("all-reduce", " a step"))
 _TAKEN = (
     *("peak / shard", "peak to step 1 / shard", "seconds building", "building / efficient"),
@@ -141,9 +147,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "physionet": lambda: physionet.table(read_json(physionet.RESULTS)["runs"]),
     "sizes": lambda: sizes.table(read_json(sizes.RESULTS)["artifacts"]),
     "saved dtypes": lambda: saved_dtypes.table(read_json(saved_dtypes.RESULTS)["runs"]),
+    **{
+        f"siblings, {name}{task}, {backbone}": _siblings(text, task, backbone)
+        for name, text in (("", siblings.table), ("rates, ", siblings.rates_table))
+        for task, of in siblings.TASKS.items()
+        for backbone in of.backbones
+    },
+    "siblings, 20 epochs": _siblings(siblings.table, "mnist", "drawn", stem="siblings_20_epochs"),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
-    **{script: _performance(script) for script in ("conv", "decode", "export", "large", "many", "scales", "step")},
+    **{script: _performance(script) for script in _SCRIPTS},
     "engines, bytes": _scale("engines", "2 processes", "engine", "method", *(f"{kind} MB{at}" for kind, at in _SENT)),
     "engines, memory": _scale("engines", "2 processes", "engine", "method", *_TAKEN),
     "engines, steps": _scale("engines", "a step under DDP"),

@@ -44,9 +44,10 @@ FIRST = (1e-3, 3e-3, 1e-2)
 Runs = dict[str, dict[str, Any]]
 
 
-def rates_to_try(tried: dict[float, float], best: Any) -> list[float]:
+def rates_to_try(tried: dict[float, float], best: Any, quick: bool = False) -> list[float]:
     """Which learning rates are still to be tried, of scores by rate: none when the best has one on each side."""
-    if missing := [rate for rate in FIRST if rate not in tried]:
+    missing = [rate for rate in (FIRST[:1] if quick else FIRST) if rate not in tried]
+    if missing or quick:
         return missing
     at = RATES.index(best(tried, key=tried.__getitem__))
     return [rate for rate in RATES[max(at - 1, 0) : at + 2] if rate not in tried]
@@ -86,7 +87,7 @@ def run_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
     while jobs := {
         f"{task}/{backbone}/{way}/lr={rate:g}": (task, way, backbone, FIRST_SEED, changed(short, lr=rate))
         for task, backbone, way in dict.fromkeys((t, b, _without_family(w)) for t, b, w in cases)
-        for rate in rates_to_try(scores_by_rate(runs, f"{task}/{backbone}/{way}"), TASKS[task].best)
+        for rate in rates_to_try(scores_by_rate(runs, f"{task}/{backbone}/{way}"), TASKS[task].best, args.quick)
     }:
         _record(jobs, args, result)
     jobs = {}
