@@ -20,7 +20,7 @@ COMMANDS = {
     "saved_dtypes.py": [],
     "siblings.py": [
         *("--tasks", "mnist", "digits", "cifar10", "wikitext"),
-        *("--ways", "full training", "RandLoRA r = 64"),
+        *("--ways", "full training", "RandLoRA r = 64", "--precision", "float32"),
     ],
     "cifar10.py": ["--ways", "full", "r=1 DoRA by input", "--precision", "float32"],
 }

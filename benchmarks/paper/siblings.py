@@ -203,6 +203,7 @@ def parse_args() -> argparse.Namespace:
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     add("--ways", nargs="+", choices=WAYS, help="default: those of the task")
     add("--families", action="store_true", help="other distributions of the bases too")
+    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of sst2 and cifar10: autocast or not")
     return parse_common(parser, RESULTS, 5, "mnist, glue, cifar10-jpeg, wikitext-2, tokenizers", "few rows")
 
 

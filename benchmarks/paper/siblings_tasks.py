@@ -121,7 +121,7 @@ def _fit_mnist(high_digits: bool) -> Callable[..., float]:
 
 def _sst2_args(args: argparse.Namespace) -> argparse.Namespace:
     fixed = {"max_seq_length": 64, "search_rows": 16_000, "rank": 8, "epochs": 1.0, "batch_size": 64}
-    return changed(args, precision="bfloat16", **fixed)
+    return changed(args, **fixed)
 
 
 @cache
@@ -146,7 +146,7 @@ def _build_cifar10(way: str, backbone: str, seed: int, args: argparse.Namespace)
 
 def _fit_cifar10(model: nn.Module, way: str, backbone: str, seed: int, args: argparse.Namespace) -> float:
     epochs = 1 if args.choosing else args.epochs
-    args = changed(args, validate=args.choosing, epochs=epochs, precision="bfloat16")
+    args = changed(args, validate=args.choosing, epochs=epochs)
     return 100 * float(cifar10.run("full" if way == FULL else way, seed, args, model)["test_accuracy"])
 
 
@@ -167,7 +167,7 @@ def _build_wikitext(way: str, backbone: str, seed: int, args: argparse.Namespace
 
 def _fit_wikitext(model: nn.Module, way: str, backbone: str, seed: int, args: argparse.Namespace) -> float:
     _, train, test = _wikitext(str(args.data_dir), args.quick)
-    held_out = len(test)
+    held_out = min(len(test), len(train) // 5)
     if args.choosing:
         train, test = train[held_out:], train[:held_out]
     steps = 3 if args.quick else 60 if args.choosing else 240
@@ -211,7 +211,7 @@ def _scaling(model: PeftModel) -> float:
 def file_sizes(model: nn.Module) -> dict[str, int]:
     """Bytes of the weights as they are saved, by dtype; of a network without adapters, of all its weights."""
     if not isinstance(model, PeftModel):
-        return {"exact": len(save({name: p.detach() for name, p in model.named_parameters()}))}
+        return {"exact": len(save({name: p.detach().contiguous() for name, p in model.named_parameters()}))}
     sizes = {}
     for dtype in (None, "float16", "int8"):
         model.peft_config["default"].save_dtype = dtype
