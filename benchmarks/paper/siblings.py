@@ -76,7 +76,9 @@ def cases_of(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
         own = TASKS[task].ways + (tuple(FAMILIES) if args.families else ())
         for backbone in TASKS[task].backbones:
             for way in args.ways or own:
-                if not (way == FULL and backbone == "noisy"):  # which would be that of kept
+                if way == FULL and backbone == "noisy":
+                    continue  # the same as that of kept
+                if backbone in (args.backbones or [backbone]):
                     yield task, backbone, way
 
 
@@ -202,6 +204,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     add("--ways", nargs="+", choices=WAYS, help="default: those of the task")
+    add("--backbones", nargs="+", choices=["drawn", "kept", "noisy"], help="default: those of the task")
     add("--families", action="store_true", help="other distributions of the bases too")
     add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of sst2 and cifar10: autocast or not")
     return parse_common(parser, RESULTS, 5, "mnist, glue, cifar10-jpeg, wikitext-2, tokenizers", "few rows")
