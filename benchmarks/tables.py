@@ -128,7 +128,6 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-_SCRIPTS = ("conv", "decode", "export", "large", "many", "scales", "sources", "step")
 _SENT = (("broadcast", ""), ("all-gather", " a step"), ("reduce-scatter", " a step"), ("all-reduce", " a step"))
 _TAKEN = (
     *("peak / shard", "peak to step 1 / shard", "seconds building", "building / efficient"),
@@ -156,7 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "siblings, 20 epochs": _siblings(siblings.table, "mnist", "drawn", stem="siblings_20_epochs"),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
-    **{script: _performance(script) for script in _SCRIPTS},
+    **{script: _performance(script) for script in ("conv", "decode", "export", "large", "many", "scales", "step")},
     "engines, bytes": _scale("engines", "2 processes", "engine", "method", *(f"{kind} MB{at}" for kind, at in _SENT)),
     "engines, memory": _scale("engines", "2 processes", "engine", "method", *_TAKEN),
     "engines, steps": _scale("engines", "a step under DDP"),
