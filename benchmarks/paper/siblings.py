@@ -106,32 +106,39 @@ def _record(jobs: dict[str, tuple[Any, ...]], args: argparse.Namespace, result: 
     jobs = {key: job for key, job in jobs.items() if key not in result["runs"]}
     for key, found in run_jobs(train, jobs, args.workers):
         result["runs"][key] = found
-        tqdm.write(f"{key}: {found['score']:.4f}, {found['seconds']} s")
+        tqdm.write(f"{key}: {found['score']:.4f}, {found['cpu_seconds']} s of the CPU")
         if args.recorded:
             write_json(args.output, result)
 
 
 def summarise(runs: Runs, task: str, backbone: str) -> Runs:
-    """By way: the scores of all seeds, rate, sizes, and how far it is ahead of LoRA of its size.
+    """By way: the score of each seed, rate, sizes, and how far it is ahead of LoRA of its size, over the same seeds.
 
     LoRA of that size is read off the line through head and betas (r = 0) and the LoRAs there are, over the logarithm of
     the size; beyond them, it is the nearest.
     """
     rows: Runs = {}
     for way in WAYS:
-        found = [run for key, run in runs.items() if key.startswith(f"{task}/{backbone}/{way}/seed=")]
+        start = f"{task}/{backbone}/{way}/seed="
+        found = {key.removeprefix(start): run for key, run in runs.items() if key.startswith(start)}
         if found:
-            rows[way] = {**found[0], "scores": [run["score"] for run in found]}
+            rows[way] = {**next(iter(found.values())), "scores": {seed: run["score"] for seed, run in found.items()}}
     line = [row for way, row in rows.items() if way == HEAD or way.startswith("LoRA")]
     for way, row in rows.items():
-        if way.startswith(("RandLoRA", "NOLA")) and len(line) > 1:
-            for name, size in (
-                ("by parameters", lambda one: one["trained"]),
-                ("by bytes", lambda one: one["bytes"]["exact"]),
-            ):
-                points = sorted((np.log(size(one)), mean(one["scores"])) for one in line)
-                row[name] = mean(row["scores"]) - float(np.interp(np.log(size(row)), *zip(*points, strict=True)))
+        seeds = [seed for seed in row["scores"] if all(seed in one["scores"] for one in line)]
+        if way.startswith(("RandLoRA", "NOLA")) and len(line) > 1 and seeds:
+            for name, size in _SIZES.items():
+                points = sorted((np.log(size(one)), _mean(one, seeds)) for one in line)
+                at = float(np.interp(np.log(size(row)), *zip(*points, strict=True)))
+                row[f"by {name}"] = _mean(row, seeds) - at
     return rows
+
+
+_SIZES: dict[str, Any] = {"parameters": lambda row: row["trained"], "bytes": lambda row: row["bytes"]["exact"]}
+
+
+def _mean(row: dict[str, Any], seeds: Any = None) -> float:
+    return mean(row["scores"][seed] for seed in seeds or row["scores"])
 
 
 def table(runs: Runs, task: str, backbone: str) -> str:
@@ -150,7 +157,7 @@ def table(runs: Runs, task: str, backbone: str) -> str:
         scaling = "" if row["scaling"] is None or way == HEAD else f"{row['scaling']:g}"
         lines.append(
             f"| {way} | {scaling} | {row['lr']:g} | {row['trained']:,} | {sizes} "
-            f"| {mean_and_std(row['scores'])} | {ahead} | {len(row['scores'])} |"
+            f"| {mean_and_std(list(row['scores'].values()))} | {ahead} | {len(row['scores'])} |"
         )
     return "\n".join(lines)
 
@@ -183,17 +190,16 @@ def plot(runs: Runs, path: Path) -> None:
     grid = figure.subplots(len(panels), 2, squeeze=False)
     for (task, backbone), pair in zip(panels, grid, strict=True):
         rows = summarise(runs, task, backbone)
-        for axes, name in zip(pair, ("trained parameters", "bytes of the file, exact"), strict=True):
+        for axes, (name, size) in zip(pair, _SIZES.items(), strict=True):
             for kind, marker in (("head", "D"), ("LoRA", "o"), ("RandLoRA", "s"), ("NOLA", "^"), ("full", "*")):
-                points = [
-                    (row["trained"] if name.startswith("trained") else row["bytes"]["exact"], mean(row["scores"]))
-                    for way, row in rows.items()
-                    if way.startswith(kind) and way not in FAMILIES
-                ]
+                chosen = [row for way, row in rows.items() if way.startswith(kind) and way not in FAMILIES]
+                points = [(size(row), _mean(row)) for row in chosen]
                 if points:
                     style = "-" if len(points) > 1 else ""
                     axes.plot(*zip(*sorted(points), strict=True), linestyle=style, marker=marker, label=kind)
-            axes.set(xscale="log", xlabel=name, ylabel=f"{task}, {backbone}: {TASKS[task].measure}")
+            axes.set(
+                xscale="log", xlabel=f"{name} of what is trained", ylabel=f"{task}, {backbone}: {TASKS[task].measure}"
+            )
             axes.grid(alpha=0.3)
     grid[0][0].legend()
     figure.savefig(path, dpi=120)
