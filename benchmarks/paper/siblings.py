@@ -125,12 +125,15 @@ def summarise(runs: Runs, task: str, backbone: str) -> Runs:
             rows[way] = {**next(iter(found.values())), "scores": {seed: run["score"] for seed, run in found.items()}}
     line = [row for way, row in rows.items() if way == HEAD or way.startswith("LoRA")]
     for way, row in rows.items():
-        seeds = [seed for seed in row["scores"] if all(seed in one["scores"] for one in line)]
-        if way.startswith(("RandLoRA", "NOLA")) and len(line) > 1 and seeds:
+        if way.startswith(("RandLoRA", "NOLA")):
             for name, size in _SIZES.items():
-                points = sorted((np.log(size(one)), _mean(one, seeds)) for one in line)
-                at = float(np.interp(np.log(size(row)), *zip(*points, strict=True)))
-                row[f"by {name}"] = _mean(row, seeds) - at
+                smaller = sorted((one for one in line if size(one) <= size(row)), key=size)
+                larger = sorted((one for one in line if size(one) > size(row)), key=size)
+                near = smaller[-1:] + larger[:1]
+                seeds = [seed for seed in row["scores"] if all(seed in one["scores"] for one in near)]
+                if near and seeds:
+                    points = zip(*((np.log(size(one)), _mean(one, seeds)) for one in near), strict=True)
+                    row[f"by {name}"] = _mean(row, seeds) - float(np.interp(np.log(size(row)), *points))
     return rows
 
 
