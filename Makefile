@@ -112,6 +112,9 @@ reproduce: $(STAMP) ## figures of the paper: hours; data sets from $LOTTALORA_DA
 	$(PY) benchmarks/paper/cifar10.py --ways "r=16 residual" "r=16 DoRA by input, residual"
 	$(PY) benchmarks/paper/prelora.py --seeds 1
 	$(PY) benchmarks/paper/sst2.py
+	$(PY) benchmarks/paper/siblings.py
+	$(PY) benchmarks/paper/siblings.py --tasks mnist --families
+	$(PY) benchmarks/paper/siblings.py --tasks mnist --ways "LoRA r = 8" "RandLoRA r = 16" "RandLoRA r = 64" --epochs 20 --output benchmarks/results/siblings_20_epochs.json
 	$(PY) benchmarks/paper/sizes.py
 	$(PY) benchmarks/paper/saved_dtypes.py
 	$(PY) benchmarks/perf/backward_bytes.py

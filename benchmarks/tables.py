@@ -27,6 +27,7 @@ import mnist_seed_gating
 import physionet
 import prelora
 import saved_dtypes
+import siblings
 import sizes
 import sst2
 from common import read_json
@@ -36,7 +37,7 @@ from hf_lottalora import RankSearch
 ROOT = Path(__file__).parents[1]
 _STEMS = (
     *("results", "performance", "architectures", "artifact-size", "causal-lm", "export", "low-memory", "many"),
-    *("prelora", "several-processes"),
+    *("prelora", "several-processes", "siblings"),
 )
 NAMES = ("README.md", *(f"docs/{stem}.md" for stem in _STEMS))
 PAGES = [ROOT / name for name in NAMES]
@@ -60,6 +61,10 @@ def _rank_search() -> str:
 
 def _cifar10(stem: str) -> Callable[[], str]:
     return lambda: cifar10.table(read_json(cifar10.RESULTS.with_stem(stem))["runs"])
+
+
+def _siblings(text: Callable[..., str], *case: str, stem: str = "siblings") -> Callable[[], str]:
+    return lambda: text(read_json(siblings.RESULTS.with_stem(stem))["runs"], *case)
 
 
 def _controls() -> str:
@@ -144,6 +149,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "saved dtypes": lambda: saved_dtypes.table(read_json(saved_dtypes.RESULTS)["runs"]),
     "prelora": lambda: prelora.summary(read_json(prelora.RESULTS)["runs"]),
     "prelora, phases": lambda: prelora.table(read_json(prelora.RESULTS)["runs"]),
+    **{
+        f"siblings, {name}{task}, {backbone}": _siblings(text, task, backbone)
+        for name, text in (("", siblings.table), ("rates, ", siblings.rates_table))
+        for task, of in siblings.TASKS.items()
+        for backbone in of.backbones
+    },
+    "siblings, 20 epochs": _siblings(siblings.table, "mnist", "drawn", stem="siblings_20_epochs"),
     "cifar10": _cifar10("cifar10"),
     "cifar10 10 epochs": _cifar10("cifar10_10_epochs"),
     **{

@@ -19,6 +19,10 @@ COMMANDS = {
     "physionet.py": [],
     "saved_dtypes.py": [],
     "prelora.py": ["--ways", "full", "1/5"],
+    "siblings.py": [
+        *("--tasks", "mnist", "digits", "cifar10", "wikitext"),
+        *("--ways", "full training", "RandLoRA r = 64", "--precision", "float32"),
+    ],
     "cifar10.py": ["--ways", "full", "r=1 DoRA by input", "--precision", "float32"],
 }
 NOT_HERE = {"sizes.py"}  # no --quick: it trains nothing
@@ -63,9 +67,41 @@ SCALE = {
 
 def test_every_benchmark_is_listed() -> None:
     assert {path.name for path in FOLDER.glob("*.py")} == {"architectures.py", "common.py", "shrink.py", "tables.py"}
-    assert {path.name for path in (FOLDER / "paper").glob("*.py")} == {*COMMANDS, "cli.py"} | NOT_HERE
+    assert {path.name for path in (FOLDER / "paper").glob("*.py")} == {
+        *COMMANDS,
+        "cli.py",
+        "siblings_tasks.py",
+    } | NOT_HERE
     assert {path.name for path in (FOLDER / "perf").glob("*.py")} == {*PERFORMANCE, "shared.py"}
     assert {path.name for path in (FOLDER / "scale").glob("*.py")} == {*SCALE, "costs.py", "traffic.py", "worker.py"}
+
+
+def test_rates_are_tried_until_the_best_has_neighbours() -> None:
+    import siblings
+
+    def score(rate: float) -> float:
+        return -abs(rate - 0.03)
+
+    tried: dict[float, float] = {}
+    while rates := siblings.rates_to_try(tried, max):
+        tried |= {rate: score(rate) for rate in rates}
+    assert list(tried) == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    assert siblings.rates_to_try({1e-3: 1.0, 3e-3: 2.0, 1e-2: 3.0}, min) == [3e-4]
+    assert siblings.rates_to_try({1e-3: 1.0}, max, quick=True) == []
+
+
+def test_siblings_are_compared_with_lora_of_their_size() -> None:
+    import siblings
+
+    sizes = {"head and betas": (10, 0.0), "LoRA r = 1": (1000, 80.0), "RandLoRA r = 64": (100, 50.0)}
+    sizes["NOLA k = 256"] = (5000, 90.0)
+    runs = {
+        f"mnist/drawn/{way}/seed=42": {"score": score, "trained": size, "bytes": {"exact": 4 * size}}
+        for way, (size, score) in sizes.items()
+    }
+    rows = siblings.summarise(runs, "mnist", "drawn")
+    assert [round(rows["RandLoRA r = 64"][name], 6) for name in ("by parameters", "by bytes")] == [10, 10]
+    assert rows["NOLA k = 256"]["by bytes"] == 10 and "by bytes" not in rows["LoRA r = 1"]
 
 
 @pytest.mark.smoke

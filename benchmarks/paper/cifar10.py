@@ -86,7 +86,8 @@ def plain20() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def build_model(way: str, seed: int) -> nn.Module:
+def build_model(way: str, seed: int, options: dict[str, Any] | None = None) -> nn.Module:
+    """The network of one of the ways, or with other `options` of the `LottaLoraConfig`."""
     torch.manual_seed(seed)
     network = plain20()
     if way == "full":
@@ -95,7 +96,8 @@ def build_model(way: str, seed: int) -> nn.Module:
         [name for name, module in network.named_modules() if isinstance(module, kinds)]
         for kinds in (nn.Conv2d, (nn.BatchNorm2d, nn.Linear))
     )
-    options = {"target_modules": convolutions, "modules_to_save": others, "lora_alpha": WAYS[way]["r"], **WAYS[way]}
+    options = options or {"lora_alpha": WAYS[way]["r"], **WAYS[way]}
+    options = {"target_modules": convolutions, "modules_to_save": others, **options}
     return get_peft_model(network, hf_lottalora.LottaLoraConfig(seed=seed, **options))
 
 
@@ -129,16 +131,17 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, autocast: torch.autocast) -
         return float((torch.cat([model(part) for part in x.split(500)]).argmax(-1) == y).float().mean())
 
 
-def run(way: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one network and score it."""
+def run(way: str, seed: int, args: argparse.Namespace, model: nn.Module | None = None) -> dict[str, Any]:
+    """Train one network, that of the way or this one, and score it."""
     torch.set_num_threads(args.threads)
     train, test = (
         [part.to(args.device) for part in load_split(args.data_dir, name, 1000 if args.quick else None)]
         for name in ("train", "test")
     )
     if args.validate:
-        test, train = ([part[rows] for part in train] for rows in (slice(VALIDATION), slice(VALIDATION, None)))
-    model = build_model(way, seed).to(args.device, memory_format=torch.channels_last)
+        held_out = min(VALIDATION, len(train[1]) // 5)
+        test, train = ([part[rows] for part in train] for rows in (slice(held_out), slice(held_out, None)))
+    model = (model or build_model(way, seed)).to(args.device, memory_format=torch.channels_last)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in parameters)
     if trainable != TRAINABLE.get(way, trainable):

@@ -137,15 +137,19 @@ def build_model(cell: Cell, seed: int, **options: Any) -> nn.Module:
     model = MLP(WIDTHS[cell.preset])
     if cell.method == "full":
         return model
+    settings = {"r": cell.r, "lora_alpha": cell.r if cell.alpha == "r" else 1}
+    return adapted(model, seed, **{**settings, **options})
+
+
+def adapted(network: MLP, seed: int, **options: Any) -> nn.Module:
+    """The network with adapters on its hidden layers, and its head trained; `options` are the `LottaLoraConfig`'s."""
     settings = {
         "seed": seed,
-        "r": cell.r,
-        "lora_alpha": cell.r if cell.alpha == "r" else 1,
-        "target_modules": [f"hidden.{i}" for i in range(len(model.hidden))],
+        "target_modules": [f"hidden.{i}" for i in range(len(network.hidden))],
         "modules_to_save": ["head"],
         "decay_beta": True,  # the paper's setting, read literally
     }
-    return get_peft_model(model, hf_lottalora.LottaLoraConfig(**{**settings, **options}))
+    return get_peft_model(network, hf_lottalora.LottaLoraConfig(**{**settings, **options}))
 
 
 @torch.no_grad()
@@ -158,6 +162,49 @@ def without_scaffold(model: nn.Module, test: Split) -> dict[str, float]:
     """Test accuracy with the scaffold removed after training."""
     with model.scaffold_off():
         return {"test_accuracy_scaffold_off": round(accuracy(model, test), 6)}
+
+
+def fit(
+    model: nn.Module,
+    train: Split,
+    seed: int,
+    args: argparse.Namespace,
+    schedule: tuple[str, int] | None = None,
+    weight_decay: float = 1e-2,
+    lr: float = 1e-3,
+) -> list[float]:
+    """Train on 9 tenths of the images; the accuracy on the others after each epoch. See `run`."""
+    resampler = hf_lottalora.ScaffoldResampler(model, *schedule) if schedule else None
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    shuffle = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train.y), generator=shuffle)
+    rows = round(VALIDATION_SHARE * len(order))
+    validation, train = train[order[:rows]], train[order[rows:]]
+    steps = -(-len(train.y) // args.batch_size) * args.epochs
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    undecayed = [p for name, p in trained if name.endswith("lora_beta.default.norm")]
+    decayed = [p for name, p in trained if not name.endswith("lora_beta.default.norm")]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, foreach=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    curve = []
+    for _ in tqdm(range(args.epochs), desc=f"seed {seed}", leave=False, unit="epoch", disable=args.workers > 1):
+        model.train()
+        if resampler:
+            resampler.start_epoch()
+        for batch in torch.randperm(len(train.y), generator=shuffle).split(args.batch_size):
+            optimizer.zero_grad()
+            if resampler:
+                resampler.backward(loss_of, train.x[batch], train.y[batch])
+            else:
+                loss_of(train.x[batch], train.y[batch]).backward()
+            optimizer.step()
+            cosine.step()
+        curve.append(round(accuracy(model, validation), 6))
+    return curve
 
 
 def run(
@@ -176,42 +223,11 @@ def run(
     torch.set_num_threads(args.threads)
     train, test = load_data(args)
     model = build_model(cell, seed, **(options or {})).to(args.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    trainable = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != cell.trainable and "head" not in (options or {}).get("target_modules", ()):
         raise RuntimeError(f"{cell}: {trainable} trainable parameters, expected {cell.trainable}.")
-    resampler = hf_lottalora.ScaffoldResampler(model, *schedule) if schedule else None
-
-    def loss_of(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(model(x), y)
-
-    shuffle = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(train.y), generator=shuffle)
-    rows = round(VALIDATION_SHARE * len(order))
-    validation, train = train[order[:rows]], train[order[rows:]]
-    steps = -(-len(train.y) // args.batch_size) * args.epochs
-    undecayed = [p for name, p in model.named_parameters() if name.endswith("lora_beta.default.norm")]
-    decayed = [p for p in parameters if not any(p is other for other in undecayed)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, foreach=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-    curve = []
     start = time.perf_counter()
-    label = f"{cell.preset} {cell.method} r={cell.r} alpha={cell.alpha} seed={seed}"
-    for _ in tqdm(range(args.epochs), desc=label, leave=False, unit="epoch", disable=args.workers > 1):
-        model.train()
-        if resampler:
-            resampler.start_epoch()
-        for batch in torch.randperm(len(train.y), generator=shuffle).split(args.batch_size):
-            optimizer.zero_grad()
-            if resampler:
-                resampler.backward(loss_of, train.x[batch], train.y[batch])
-            else:
-                loss_of(train.x[batch], train.y[batch]).backward()
-            optimizer.step()
-            schedule.step()
-        curve.append(round(accuracy(model, validation), 6))
+    curve = fit(model, train, seed, args, schedule, weight_decay)
     return {
         **vars(cell),
         "seed": seed,

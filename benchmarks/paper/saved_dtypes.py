@@ -32,6 +32,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from sizes import architecture
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
@@ -56,18 +57,27 @@ def tokens_of(args: argparse.Namespace, part: str, tokenizer: Any, most: int | N
     return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 
-def train(way: str, ids: torch.Tensor, args: argparse.Namespace) -> PeftModel:
-    """The model after so many steps."""
-    options, config = WAYS[way], architecture("3M")
-    config.vocab_size, config.tie_word_embeddings = args.vocabulary, options["tied"]
-    adapter = hf_lottalora.LottaLoraConfig(
-        seed=SEED, r=8, lora_alpha=16, embeddings=options["embeddings"], task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(LlamaForCausalLM(config), adapter)
-    groups = hf_lottalora.parameter_groups(model, args.lr, options["weight_decay"])
-    optimizer = torch.optim.AdamW(groups)
+def build_network(way: str, vocabulary: int) -> LlamaForCausalLM:
+    """The 3M Llama, without adapters."""
+    config = architecture("3M")
+    config.vocab_size, config.tie_word_embeddings = vocabulary, WAYS[way]["tied"]
+    return LlamaForCausalLM(config)
+
+
+def adapted(network: LlamaForCausalLM, way: str, **changed: Any) -> PeftModel:
+    """The network with adapters; `changed` are other options of the `LottaLoraConfig`."""
+    options = {"seed": SEED, "r": 8, "lora_alpha": 16, "embeddings": WAYS[way]["embeddings"], "task_type": "CAUSAL_LM"}
+    return get_peft_model(network, hf_lottalora.LottaLoraConfig(**{**options, **changed}))
+
+
+def train(way: str, ids: torch.Tensor, args: argparse.Namespace, model: nn.Module, seed: int = SEED) -> None:
+    """So many steps."""
+    decay = WAYS[way]["weight_decay"]
+    adapters = isinstance(model, PeftModel)
+    groups: Any = hf_lottalora.parameter_groups(model, args.lr, decay) if adapters else model.parameters()
+    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(args.steps * ROWS // len(ids) + 1)])
     for step in tqdm(range(args.steps), desc=way, unit="step"):
         batch = ids[order[step * ROWS : (step + 1) * ROWS]]
@@ -75,11 +85,10 @@ def train(way: str, ids: torch.Tensor, args: argparse.Namespace) -> PeftModel:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return model
 
 
 @torch.no_grad()
-def evaluate(model: PeftModel, ids: torch.Tensor) -> float:
+def evaluate(model: nn.Module, ids: torch.Tensor) -> float:
     """Cross-entropy per token, in nats."""
     losses = [float(model.eval()(input_ids=batch, labels=batch).loss) * len(batch) for batch in ids.split(ROWS)]
     return sum(losses) / len(ids)
@@ -144,7 +153,8 @@ def main() -> None:
     }
     for way in args.ways:
         start = time.perf_counter()
-        model = train(way, training, args)
+        model = adapted(build_network(way, args.vocabulary), way)
+        train(way, training, args, model)
         seconds = round(time.perf_counter() - start)
         of = {dtype or "exact": saved(model, dtype, validation) for dtype in DTYPES}
         result["runs"][way] = {"seconds": seconds, "loss_in_memory": evaluate(model, validation), "saved": of}

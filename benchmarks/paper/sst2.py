@@ -122,15 +122,19 @@ def load_data(args: argparse.Namespace) -> Data:
     return Data(tokenizer, train, rows["validation"], rows["train"].select(search), dev)
 
 
-def build_model(method: str, seed: int, rank: int, vocab_size: int) -> nn.Module:
-    """The same architecture for every method; `seed` is the scaffold's, or that of the ordinary initialisation."""
+def build_model(method: str, seed: int, rank: int, vocab_size: int, **changed: Any) -> nn.Module:
+    """The same architecture for every method; `seed` is the scaffold's, or that of the ordinary initialisation.
+
+    `changed` are other options of the `LottaLoraConfig`.
+    """
     set_seed(seed)
     model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=vocab_size, **ARCHITECTURE))
     if method == "full":
         return model
     kind, _, frozen = method.partition("-")
     options = {**(ZERO if kind == "zero" else {}), "embeddings": "frozen" if frozen else "train"}
-    config = hf_lottalora.LottaLoraConfig(seed=seed, r=rank, task_type="SEQ_CLS", decay_beta=True, **options)
+    options = {"seed": seed, "r": rank, "task_type": "SEQ_CLS", "decay_beta": True, **options, **changed}
+    config = hf_lottalora.LottaLoraConfig(**options)
     model = get_peft_model(model, config)
     if kind == "head":
         for name, parameter in model.named_parameters():
@@ -140,10 +144,17 @@ def build_model(method: str, seed: int, rank: int, vocab_size: int) -> nn.Module
 
 
 def run(
-    method: str, seed: int, learning_rate: float, train: Dataset, test: Dataset, data: Data, args: argparse.Namespace
+    method: str,
+    seed: int,
+    learning_rate: float,
+    train: Dataset,
+    test: Dataset,
+    data: Data,
+    args: argparse.Namespace,
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Train one model and score it; everything but method, seed and learning rate is fixed."""
-    model = build_model(method, seed, args.rank, len(data.tokenizer))
+    """Train one model, the method's or this one, and score it; all but method, seed and learning rate is fixed."""
+    model = model or build_model(method, seed, args.rank, len(data.tokenizer))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Embeddings are most of a small BERT, and every method trains them.
     embeddings = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "_embeddings." in n)
