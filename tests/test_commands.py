@@ -53,6 +53,7 @@ def test_targets_of_make_are_there() -> None:
         assert done.returncode == 0, (name, words, done.stderr)
 
 
+@pytest.mark.smoke
 def test_scripts_take_the_arguments_that_are_printed_with_them() -> None:
     dry = subprocess.run(["make", "--dry-run", "reproduce"], cwd=ROOT, capture_output=True, text=True, check=True)
     reproduced = [line for line in dry.stdout.splitlines() if "benchmarks/" in line]

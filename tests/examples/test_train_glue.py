@@ -175,6 +175,7 @@ def test_the_short_name_is_still_taken(train: Train) -> None:
 # ---- whole runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_launch_then_evaluate_the_artifact_in_a_fresh_process(common: list[str], tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, *common, *rte(), "--output_dir", tmp_path / "a"]
     log = launch([*command, "--lora_r", "2", "--scaffold_seed", "5"])

@@ -240,6 +240,7 @@ OTHERS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_and_options(name: str, tmp_path: Path) -> None:
     build, data, config, options = OTHERS[name]

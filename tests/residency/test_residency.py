@@ -298,7 +298,8 @@ def test_reports_and_refusals(mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own looking
-@pytest.mark.parametrize("mode", ["packed", pytest.param("streamed", marks=pytest.mark.smoke)])
+@pytest.mark.smoke
+@pytest.mark.parametrize("mode", ["packed", "streamed"])
 def test_compiling_with_graph_breaks_changes_nothing(mode: str) -> None:
     model = get_peft_model(llama(), config(embeddings="frozen", residency=mode))
     found = []
