@@ -13,6 +13,7 @@ import sys
 import tomllib
 from typing import Any
 
+import pytest
 from commands import ROOT, printed, untested
 from packaging.requirements import Requirement
 from typer.main import get_command

@@ -70,7 +70,8 @@ def inject(model: nn.Module, config: LottaLoraConfig, ranks: Mapping[str, int]) 
         ranks: by module path.
     """
     keys = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
-    alphas = {} if config.use_rslora else {key: rank * config.lora_alpha / config.r for key, rank in keys.items()}
+    scaling = (config.lora_alpha or 0.0) / config.r  # which the config has filled in
+    alphas = {} if config.use_rslora else {key: rank * scaling for key, rank in keys.items()}
     chosen: dict[str, Any] = {"rank_pattern": keys, "alpha_pattern": alphas}
     config = dataclasses.replace(config, **chosen)
     with warnings.catch_warnings():
