@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lottalora import LottaLoraConfig, cost_report
 from hf_lottalora.layers.bases import SIDE, basis
+from hf_lottalora.layers.nola import bases_of
 from hf_lottalora.layers.randlora import folds
 from hf_lottalora.scaffold.tensor import ScaffoldTensor
 
@@ -286,6 +287,28 @@ def test_a_smaller_part_of_a_basis_is_the_corner_of_a_larger_one() -> None:
     assert torch.equal(small, large[:3, :5]) and abs(float(large.std()) - 1) < 0.05
     half = basis("test.small", 1, "normal").corner(3, 5, torch.bfloat16, like)
     assert torch.equal(half, small.to(torch.bfloat16))
+
+
+def test_the_bases_of_files_that_are_out_there() -> None:
+    """Names, tables and places of bases are no part of a file: what these draw must never change."""
+    drawn = [basis(f"randlora.{name}", 42, family).spec for name in "AB" for family in ("uniform", "binary")]
+    drawn += [
+        bases_of("A", None, 2048, 42, "uniform", 256).spec,
+        bases_of("B", "layers.0.q", 2048, 42, "binary", 1).spec,
+    ]
+    assert [spec.digest() for spec in drawn] == [
+        "667350bd991e77b0ba729345fd45c73f", "9241cdacfa31c81bb5840837882f223b", "b0675d4a337357698e4d6c43d527446a",
+        "4c8a6e68865829a3839f07f079f9e2a0", "cda150a3f745fc03982a2480c3debd50", "485c7b6f48423f932fe102f9f349ef68",
+    ]  # fmt: skip
+    corner = basis("randlora.B", 42, "uniform").corner(2, 3, torch.float32, torch.empty(()))
+    assert corner.tolist() == [
+        [1.3140761852264404, -1.0013682842254639, 1.6914294958114624],
+        [0.4385892152786255, 0.9832379817962646, 0.13264714181423187],
+    ]
+    # Two by hand: NOLA's bases are rows of m elements, RandLoRA's rows of 2**20.
+    (values,) = bases_of("A", None, 6, 42, "uniform", 3).blocks(torch.empty(()))
+    whole = ScaffoldTensor("nola.A.6", (SIDE, 6), 42, "uniform").draw_slice(0, 18)
+    assert torch.equal(values[1].flatten(), whole)
 
 
 def trained_llama(source: str, **changes: Any) -> PeftModel:
