@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from hf_lottalora import LottaLoraConfig, cost_report
+from hf_lottalora import LottaLoraConfig, cost_report, make_plan
 from hf_lottalora.layers.bases import SIDE, basis
 from hf_lottalora.layers.nola import bases_of
 from hf_lottalora.layers.randlora import folds
@@ -495,6 +496,15 @@ def test_embeddings_and_grouped_convolutions_are_refused_by_name(source: str) ->
             get_peft_model(
                 nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)), config(target_modules=["0"], adapter="randlora")
             )
+
+
+def test_a_layer_larger_than_the_bases_is_refused() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(2, SIDE), nn.Linear(SIDE + 1, 2))
+    for path, refused in (("0", False), ("1", True)):
+        settings = config(target_modules=[path], redraw="none", adapter="randlora")
+        with pytest.raises(ValueError, match="'1' has 1,048,577 inputs") if refused else nullcontext():
+            make_plan(net, settings)
 
 
 def test_what_alpha_is_by_default() -> None:

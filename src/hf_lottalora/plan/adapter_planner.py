@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import cast
 
 from ..config import LottaLoraConfig
+from ..layers.bases import SIDE
 from .modules import SurveyedModule
 from .names import layers_there_are, meant
 from .patterns import by_pattern, under
@@ -223,6 +224,12 @@ def _adapter(module: SurveyedModule, config: LottaLoraConfig) -> PlannedAdapter:
         raise ValueError(
             f"adapter={config.adapter!r} is not supported on {what}, and {module.path!r} is one. Leave it out of "
             "target_modules, or use adapter='lora'."
+        )
+    side = max(module.out_features, module.in_features * math.prod(module.kernel))
+    if config.adapter == "randlora" and side > SIDE:
+        raise ValueError(
+            f"adapter='randlora' takes rows and columns of bases that have {SIDE:,} of each, and {module.path!r} has "
+            f"{side:,} inputs or outputs. Leave it out of target_modules, or use adapter='lora'."
         )
     if module.kind == "conv" and module.own_forward and (config.residual or config.lora_dropout):
         raise ValueError(
